@@ -149,15 +149,31 @@ def _started(field: Iterable[Contestant], job: Report, folder: Path, stack: cont
         yield worker, known | worker.ask("norm")
 
 
-def _play(workers: Sequence[Worker], rounds: int, steps: int) -> dict[str, list[Turn]]:
-    """`rounds` turns of every worker, never two at once, backwards every other round against drift of the machine."""
+def _play(workers: Sequence[Worker], rounds: int, steps: int) -> tuple[dict[str, list[Turn]], float | None]:
+    """`rounds` turns of every worker, never two at once, backwards every other round against drift of the machine.
+
+    Also how many cores something else kept busy meanwhile; None where the system does not tell.
+    """
     turns: dict[str, list[Turn]] = {w.name: [] for w in workers}
+    ours, busy, wall = 0.0, 0.0, 0.0
     for r in range(rounds):
         for worker in workers if r % 2 == 0 else reversed(workers):
             time.sleep(REST_S)
+            start, before = time.perf_counter(), _busy_s()
             reply = worker.ask("steps", steps + 1)  # the first of a turn finds cold caches and is not recorded
+            ours, wall = ours + reply["cpu_s"], wall + time.perf_counter() - start
+            busy += _busy_s() - before
             turns[worker.name].append({k: reply[k][1:] for k in ("seconds", "cpu")})
-    return turns
+    return turns, max(0.0, busy - ours) / wall if busy else None
+
+
+def _busy_s() -> float:
+    """Seconds all cores together were busy or taken by another guest, since boot; 0 where there is no /proc."""
+    try:
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    except OSError:
+        return 0.0
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # less idle, iowait
 
 
 def _one_shape(
@@ -181,7 +197,7 @@ def _one_shape(
             workers.append(worker)
             results[worker.name] = result
         log(f"{shape.rounds} rounds of {shape.steps} steps")
-        turns = _play(workers, shape.rounds, shape.steps)
+        turns, others = _play(workers, shape.rounds, shape.steps)
         for worker in workers:
             results[worker.name] |= worker.ask("memory")
             add_speed(results[worker.name], turns[worker.name], shape, gflops[results[worker.name]["precision"]])
@@ -191,6 +207,7 @@ def _one_shape(
         "shape": shape._asdict(),
         "model_gflop": model_flops(shape) / 1e9,
         "peak_gflops": gflops,
+        "others_cores": others,
         "contestants": results,
         "unequal_work": problems,
     }
@@ -201,9 +218,7 @@ def _machine(threads: int) -> Report:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    about = {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "system": platform.platform()}
-    return about | {"load_at_start": load}
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "system": platform.platform()}
 
 
 def step_benchmark(

@@ -131,5 +131,9 @@ def table(report: Report) -> str:
         for row in rows:
             texts, numbers = zip(row[:2], widths[:2], strict=True), zip(row[2:], widths[2:], strict=True)
             lines.append("  ".join([*(c.ljust(w) for c, w in texts), *(c.rjust(w) for c, w in numbers)]))
+        if (part["others_cores"] or 0) > 0.1:
+            lines.append(
+                f"others kept {part['others_cores']:.1f} cores busy meanwhile: time it again on a quiet machine"
+            )
         lines += [f"UNEQUAL WORK, these figures mean nothing: {problem}" for problem in part["unequal_work"]]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """One contestant of `fnlm bench step`, alone in its process: JSON requests on stdin, one a line, replies on stdout.
 
     {"build": job}    -> {"import_s", "build_s", "versions"}
-    {"steps": n}      -> {"seconds": [...], "cpu": [...], "losses": [...]}; the first adds first_step_s, first_loss_s
+    {"steps": n}      -> {"seconds", "cpu", "losses"} a step, "cpu_s" of all; at first also first_step_s, first_loss_s
     {"memory": null}  -> {"peak_mb", "life_mb", "idle_cpu"}: since step 2, of the whole life; the CPU used while waiting
     {"norm": null}    -> {"matrix_norm", "vector_norm"}: the 2-norms of all weights with two dimensions and with one
     {"call": job}     -> {"value"}: of any function of a job
@@ -113,6 +113,7 @@ class Session:
             self.cuda.synchronize()
 
     def steps(self, n: int) -> Reply:
+        start = time.process_time()
         draws = [tokens_at(self.done + i, self.job["shape"]) for i in range(n)]
         batches = [self.recipe.batch(*(t.to(self.job["device"]) for t in pair)) for pair in draws]
         reply: Reply = {"seconds": [], "cpu": [], "losses": []}
@@ -125,7 +126,7 @@ class Session:
             reply["cpu"].append(time.process_time() - cpu)
             reply["losses"].append(loss)
             self._mark(reply)
-        return reply
+        return reply | {"cpu_s": time.process_time() - start}
 
     def _mark(self, reply: Reply) -> None:
         self.done += 1

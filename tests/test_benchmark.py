@@ -186,7 +186,11 @@ def test_report_names_the_one_that_did_other_work(fake: str) -> None:
     assert len(one["step_ms_by_round"]) == TINY.rounds
     assert one["first_loss_s"] > one["first_step_s"] > 0 < one["step_ms"]
     assert part["peak_gflops"]["fp32"] > 0
+    assert part["others_cores"] is None or part["others_cores"] >= 0
     assert json.loads(json.dumps(report)) == report
+    part["others_cores"] = 1.5
+    assert "others kept 1.5 cores busy" in benchmark.table(report)
+    part["others_cores"] = None
     rows = benchmark.table(report).splitlines()
     assert rows[-1].startswith("UNEQUAL WORK, these figures mean nothing: odd: loss 1.600000 is not 1.500000 of one")
     assert len({len(row) for row in rows[3:-1]}) == 1
