@@ -16,7 +16,8 @@ def children(tree: Tree) -> list[tuple[str, Tree]]:
     if isinstance(tree, dict):
         return list(tree.items())
     if isinstance(tree, tuple):
-        return list(zip(getattr(tree, "_fields", map(str, range(len(tree)))), tree, strict=True))
+        names = getattr(tree, "_fields", [str(i) for i in range(len(tree))])
+        return list(zip(names, tree, strict=True))
     if tree is None or isinstance(tree, Tensor):
         return []
     raise ValueError(f"a tree holds tensors, dicts, tuples and None, not {type(tree).__name__}")

@@ -1,0 +1,185 @@
+"""Causal attention by the fastest route that is right where it runs: one meaning, three kernels, the same numbers.
+
+    plain   torch operations only: any transform, any derivative, dropout, any device
+    sdpa    torch's flash kernel: the default on a GPU
+    fused   the default on a CPU, where flash is slow for short sequences and in bfloat16: queries in blocks that see
+            only the keys they may, the gradient by hand (autograd pads every slice of the keys to full length)
+
+Letters as in forward.py; A = H + 2 H_kv counts the heads of q, k and v together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fnlm.config import Kernels, ModelConfig
+from fnlm.random import keep_mask
+from fnlm.types import Key
+
+BLOCK = 256  # queries at a time on a CPU; the best of 128, 256 and 512 for T up to 1024
+Rotation = tuple[Tensor, Tensor]
+
+
+class Places(NamedTuple):
+    """What positions mean to a block: RoPE's cos and signed sin (T, R), ALiBi's slopes (H,); None where unused."""
+
+    rotation: Rotation | None = None
+    slopes: Tensor | None = None
+
+
+def attention(
+    qkv: Tensor, n_q: int, n_kv: int, cfg: ModelConfig, places: Places, kernels: Kernels, key: Key | None
+) -> Tensor:
+    """softmax(q k^T scale + bias) v over earlier positions (Vaswani et al. 2017, 3.2): (B, T, A, K) -> (B, T, H K).
+
+    The first `n_q` heads of `qkv` are queries, then `n_kv` keys and `n_kv` values; each key serves n_q / n_kv queries.
+    """
+    dropped = key is not None and cfg.dropout_attn > 0
+    if kernels == "auto" and not qkv.is_cuda and not dropped and not needs_plain():
+        out: Tensor = _Fused.apply(qkv, n_q, n_kv, cfg, places)  # type: ignore[no-untyped-call]
+        return out
+    if places.rotation is not None:
+        qk, v = qkv.split([n_q + n_kv, n_kv], 2)
+        qkv = torch.cat([rotate(qk, *(x[:, None] for x in places.rotation)), v], 2)
+    q, k, v = (x.transpose(1, 2) for x in qkv.split([n_q, n_kv, n_kv], 2))
+    k, v = (x.repeat_interleave(n_q // n_kv, 1) if n_q > n_kv else x for x in (k, v))
+    if kernels != "plain" and not dropped and not needs_plain(compiling_too=False):
+        y = _sdpa(q, k, v, cfg, places)
+    else:
+        y = _plain(q, k, v, cfg, places, key)
+    return y.transpose(1, 2).flatten(2)
+
+
+def scale(cfg: ModelConfig) -> float:
+    """K^-1/2; under muP 8/K, the same at K = 64 (Yang et al. 2022, definition 4.1)."""
+    return 8 / cfg.head_dim if cfg.init == "mup" else 1 / math.sqrt(cfg.head_dim)
+
+
+def needs_plain(compiling_too: bool = True) -> bool:
+    """Whether a torch.func transform is active (or a graph is being traced), under which hand-written kernels fail."""
+    return (compiling_too and torch.compiler.is_compiling()) or torch._C._functorch.maybe_current_level() is not None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first R of the last dimension by each position's angle (Su et al. 2021, 3.4.2; halves, not pairs)."""
+    r = cos.shape[-1]
+    turned, rest = x[..., :r], x[..., r:]
+    turned = turned * cos + torch.cat([turned[..., r // 2 :], turned[..., : r // 2]], -1) * sin
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def alibi_slopes(n_heads: int, device: torch.device) -> Tensor:
+    """One slope per head, (H,): a geometric series, interleaved where H is no power of two (Press et al. 2022, 3)."""
+
+    def series(n: int) -> list[float]:
+        return [2 ** (-8 * (i + 1) / n) for i in range(n)]
+
+    n = 2 ** int(math.log2(n_heads))
+    return torch.tensor(series(n) + series(2 * n)[0::2][: n_heads - n], device=device)
+
+
+def bias_tile(queries: range, keys: range, cfg: ModelConfig, places: Places, like: Tensor) -> Tensor:
+    """What is added to scores: -inf where a key is later or out of the window, ALiBi's slope times distance; (1 or H, t, s)."""
+    at = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
+    distance = at - torch.arange(keys.start, keys.stop, device=like.device)
+    hidden = distance < 0
+    if cfg.window is not None:
+        hidden |= distance >= cfg.window
+    bias = torch.zeros(1, *distance.shape, dtype=like.dtype, device=like.device)
+    if places.slopes is not None:
+        bias = (-places.slopes[:, None, None] * distance).to(like.dtype)
+    return bias.masked_fill(hidden, -torch.inf)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places, key: Key | None) -> Tensor:
+    t = range(q.shape[2])
+    probs = (q * scale(cfg) @ k.mT + bias_tile(t, t, cfg, places, q)).softmax(-1)
+    if key is not None and cfg.dropout_attn:
+        probs = probs * keep_mask(key, cfg.dropout_attn, probs.shape, dtype=probs.dtype)
+    return probs @ v
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places) -> Tensor:
+    if cfg.window is None and places.slopes is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale(cfg))
+    t = range(q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_tile(t, t, cfg, places, q), scale=scale(cfg))
+
+
+def _spans(t: int, window: int | None) -> list[tuple[range, range]]:
+    """Blocks of queries, each with the keys that any of them sees."""
+    starts = range(0, t, BLOCK)
+    return [(range(i, min(i + BLOCK, t)), range(max(0, i - (window or t) + 1), min(i + BLOCK, t))) for i in starts]
+
+
+class _Fused(torch.autograd.Function):
+    """Heads first: (A, B, T, K), so that q, k, v and their gradients are slices of one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_q: int, n_kv: int, cfg: ModelConfig, places: Places) -> Tensor:
+        b, t, _, k_dim = qkv.shape
+        heads = qkv.permute(2, 0, 1, 3).contiguous()
+        if places.rotation is not None:
+            heads[: n_q + n_kv] = rotate(heads[: n_q + n_kv], *places.rotation)
+        q, k, v = _three(heads, n_q, n_kv)
+        y = torch.empty_like(q)
+        kept = []
+        for i, (rows, cols) in enumerate(_spans(t, cfg.window)):
+            probs = _probs(q, k, rows, cols, b, cfg, places)
+            y[:, rows.start : rows.stop] = probs @ v[:, cols.start : cols.stop]
+            kept += [probs] if t <= BLOCK else []
+        ctx.save_for_backward(heads, *kept)
+        ctx.n_q, ctx.n_kv, ctx.cfg, ctx.places = n_q, n_kv, cfg, places
+        return y.view(n_q, b, t, k_dim).permute(1, 2, 0, 3).reshape(b, t, n_q * k_dim)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        heads, *kept = ctx.saved_tensors
+        n_q, n_kv, cfg, places = ctx.n_q, ctx.n_kv, ctx.cfg, ctx.places
+        b, t, k_dim = heads.shape[1:]
+        q, k, v = _three(heads, n_q, n_kv)
+        g = g.view(b, t, n_q, k_dim).permute(2, 0, 1, 3).reshape(n_q * b, t, k_dim)
+        d_heads = torch.empty_like(heads)
+        d_q, d_k, d_v = _three(d_heads, n_q, n_kv) if n_q == n_kv else (torch.empty_like(q) for _ in range(3))
+        spans = _spans(t, cfg.window)
+        if len(spans) > 1:
+            d_k.zero_(), d_v.zero_()
+        for i, (rows, cols) in enumerate(spans):
+            r, c = slice(rows.start, rows.stop), slice(cols.start, cols.stop)
+            probs = kept[i] if kept else _probs(q, k, rows, cols, b, cfg, places)
+            d_probs = g[:, r] @ v[:, c].mT
+            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+            first = int(len(spans) > 1)
+            d_q[:, r].baddbmm_(d_scores, k[:, c], beta=0, alpha=scale(cfg))
+            d_k[:, c].baddbmm_(d_scores.mT, q[:, r], beta=first, alpha=scale(cfg))
+            d_v[:, c].baddbmm_(probs.mT, g[:, r], beta=first)
+        if n_q > n_kv:
+            d_heads[:n_q] = d_q.view(n_q, b, t, k_dim)
+            for j, d in enumerate((d_k, d_v)):
+                d_heads[n_q + j * n_kv :][:n_kv] = d.view(n_kv, n_q // n_kv, b, t, k_dim).sum(1)
+        if places.rotation is not None:
+            cos, sin = places.rotation
+            d_heads[: n_q + n_kv] = rotate(d_heads[: n_q + n_kv], cos, -sin)
+        return d_heads.permute(1, 2, 0, 3).contiguous(), None, None, None, None
+
+
+def _three(heads: Tensor, n_q: int, n_kv: int) -> list[Tensor]:
+    """q, k and v as (H B, T, K); shared keys and values repeated."""
+    parts = heads.split([n_q, n_kv, n_kv])
+    if n_q > n_kv:
+        parts = (parts[0], *(x.repeat_interleave(n_q // n_kv, 0) for x in parts[1:]))
+    return [x.flatten(0, 1) for x in parts]
+
+
+def _probs(q: Tensor, k: Tensor, rows: range, cols: range, b: int, cfg: ModelConfig, places: Places) -> Tensor:
+    """(H B, t, s) attention weights of one block."""
+    bias = bias_tile(rows, cols, cfg, places, q).repeat_interleave(b, 0) if places.slopes is not None else None
+    bias = bias_tile(rows, cols, cfg, places, q) if bias is None else bias
+    return torch.baddbmm(bias, q[:, rows.start : rows.stop], k[:, cols.start : cols.stop].mT, alpha=scale(cfg)).softmax(-1)

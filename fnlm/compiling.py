@@ -1,0 +1,38 @@
+"""torch.compile with a way back: what cannot be compiled here runs eagerly, and says once why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+import torch
+
+log = logging.getLogger(__name__)
+R = TypeVar("R")
+
+
+@cache
+def compiled(fn: Callable[..., R]) -> Callable[..., R]:
+    """`fn` as one graph, or `fn` itself from the first failure on, with one logged line that says why.
+
+    An error that `fn` raises by itself is raised as it is: the eager call is made before anything is blamed on compilation.
+    """
+    fast: Callable[..., R] | None = torch.compile(fn, dynamic=False)
+
+    @wraps(fn)
+    def call(*args: Any) -> R:
+        nonlocal fast
+        if fast is None:
+            return fn(*args)
+        try:
+            return fast(*args)
+        except Exception as why:
+            result = fn(*args)
+            fast = None
+            name, reason = getattr(fn, "__name__", "function"), next(iter(str(why).strip().splitlines()), "")
+            log.warning("compile: %s runs eagerly (%s: %s)", name, type(why).__name__, reason)
+            return result
+
+    return call

@@ -1,0 +1,236 @@
+"""What a model is (ModelConfig), how it is computed (Compute) and how it is trained (TrainConfig): frozen, validated records."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, get_args
+
+Norm = Literal["layernorm", "rmsnorm"]
+Mlp = Literal["gelu", "gelu-tanh", "relu", "relu2", "swiglu"]
+Positions = Literal["learned", "rope", "alibi", "none"]
+Init = Literal["gpt2", "fan-in", "mup"]
+Kernels = Literal["auto", "plain", "sdpa"]
+Remat = Literal["none", "block"]
+Compile = Literal["off", "block", "step"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Optimizer = Literal["sgd", "adam", "adamw", "lion", "adafactor", "muon"]
+Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture: everything that decides names, shapes and mathematics, nothing that decides speed.
+
+    Raises ValueError with the offending numbers and the remedy.
+    """
+
+    vocab_size: int
+    n_layers: int
+    n_heads: int
+    d_model: int
+    seq_len: int
+    n_kv_heads: int | None = None  # None: n_heads (multi-head); 1: multi-query; between: grouped-query attention
+    d_head: int | None = None  # None: d_model / n_heads
+    d_ff: int | None = None  # None: 4 d_model
+    norm: Norm = "layernorm"
+    norm_eps: float = 1e-5
+    norm_affine: bool = True  # False: norms have no weights
+    mlp: Mlp = "gelu"
+    positions: Positions = "learned"
+    rope_theta: float = 10000.0
+    rope_fraction: float = 1.0  # the part of each head that is rotated
+    tied: bool = True  # the head reads the token embedding
+    bias: bool = False  # in every linear map and LayerNorm
+    qk_norm: bool = False
+    parallel_residual: bool = False  # attention and MLP read the same input (GPT-J, NeoX)
+    embed_norm: bool = False  # a norm right after the embeddings
+    logit_softcap: float | None = None
+    window: int | None = None  # how many positions back a query sees, itself included; None: all
+    dropout_embed: float = 0.0
+    dropout_attn: float = 0.0
+    dropout_residual: float = 0.0
+    ngrams: tuple[tuple[int, int], ...] = ()  # (order, rows) of hashed n-gram input embeddings
+    dropout_ngram: float = 0.0  # whole rows of the orders above 2
+    init: Init = "gpt2"
+    init_std: float = 0.02
+    zero_init_out: bool = False  # attention and MLP output projections start at zero
+    zero_init_head: bool = False  # an untied head starts at zero
+    mup_base: int = 256  # muP only: the width at which learning rates were tuned
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("vocab_size", "n_layers", "n_heads", "d_model", "seq_len", "mup_base"):
+            _at_least(self, name, 1)
+        for name in ("n_kv_heads", "d_head", "d_ff", "window"):
+            if getattr(self, name) is not None:
+                _at_least(self, name, 1)
+        for name in ("dropout_embed", "dropout_attn", "dropout_residual", "dropout_ngram"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not a probability below 1; choose 0 <= {name} < 1")
+        if self.d_head is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
+                f"choose n_heads from {_divisors(self.d_model)}, or give d_head"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; "
+                f"choose n_kv_heads from {_divisors(self.n_heads)}"
+            )
+        self._check_positions()
+        self._check_head()
+
+    def _check_positions(self) -> None:
+        if self.positions == "rope" and (self.rope_dim % 2 or not 2 <= self.rope_dim <= self.head_dim):
+            raise ValueError(
+                f"rope rotates pairs, but rope_fraction={self.rope_fraction} of d_head={self.head_dim} is "
+                f"{self.rope_dim} dimensions; choose a fraction that gives an even number from 2 to {self.head_dim}"
+            )
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} must be positive; the usual value is 10000")
+        for order, rows in self.ngrams:
+            if order < 2 or rows < 1:
+                raise ValueError(f"ngrams has ({order}, {rows}); choose an order of at least 2 and at least 1 row")
+        if len({order for order, _ in self.ngrams}) < len(self.ngrams):
+            raise ValueError(f"ngrams={self.ngrams} names an order twice; give each order once")
+
+    def _check_head(self) -> None:
+        if self.zero_init_head and self.tied:
+            raise ValueError("zero_init_head=True needs an untied head: a tied one is the embedding; set tied=False")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap={self.logit_softcap} must be positive; leave it out for no cap")
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """K: the size of one head."""
+        return self.d_model // self.n_heads if self.d_head is None else self.d_head
+
+    @property
+    def ff_dim(self) -> int:
+        """F: the inner size of the MLP."""
+        return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+    @property
+    def rope_dim(self) -> int:
+        """How many dimensions of each head RoPE rotates."""
+        return int(self.head_dim * self.rope_fraction)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a key changes the forward at all."""
+        return any((self.dropout_embed, self.dropout_attn, self.dropout_residual, self.dropout_ngram))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the same mathematics is computed; results agree to rounding.
+
+    `kernels`: "auto" is the fastest that is right (flash attention on a GPU; blocked attention and a fused loss with
+    hand-written gradients elsewhere; plain operations under torch.func transforms), "plain" is plain operations
+    always, which torch.autograd can differentiate any number of times, "sdpa" is torch's attention on any device.
+    `remat`: "block" recomputes each block in the backward pass: a fifth less memory, a fifth more time.
+    `compile`: "block" is one graph for all layers, "step" one for the whole loss. `loss_chunks`: pieces of the fused
+    loss; None chooses.
+    """
+
+    kernels: Kernels = "auto"
+    remat: Remat = "none"
+    compile: Compile = "off"
+    loss_chunks: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        if self.loss_chunks is not None:
+            _at_least(self, "loss_chunks", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained: sizes in sequences and steps, learning rates per step; a step sees batch_size x micro_batches.
+
+    Raises ValueError with the offending numbers and the remedy.
+    """
+
+    steps: int
+    batch_size: int
+    micro_batches: int = 1
+    optimizer: Optimizer = "adamw"
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    warmup: int = 0
+    schedule: Schedule = "cosine"
+    decay_steps: int | None = None  # wsd only: the length of the final decay; None: a fifth of the steps
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+    muon_lr: float = 0.02  # optimizer="muon": the rate of the hidden matrices; lr is that of the rest
+    muon_steps: int = 5
+    ema: float | None = None
+    dropout: float | None = None  # overrides the model's dropouts (embedding, attention, residual)
+    precision: Precision = "bf16"
+    seed: int = 1337
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("steps", "batch_size", "micro_batches", "muon_steps"):
+            _at_least(self, name, 1)
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup={self.warmup} does not fit into steps={self.steps}; choose 0 to {self.steps}")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is not a probability below 1")
+
+
+C = TypeVar("C")
+
+
+def override(config: C, **changes: Any) -> C:
+    """A copy of a config with fields changed; an unknown name is a ValueError with the nearest one."""
+    names = [f.name for f in fields(config)]  # type: ignore[arg-type]
+    for name in changes:
+        if name not in names:
+            raise ValueError(f"{type(config).__name__} has no field {name!r}{did_you_mean(name, names)}")
+    current = {name: getattr(config, name) for name in names}
+    return type(config)(**{**current, **changes})
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of an error message: the nearest known word, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(alias)
+    for name, alias in (
+        ("norm", Norm), ("mlp", Mlp), ("positions", Positions), ("init", Init),
+        ("kernels", Kernels), ("remat", Remat), ("compile", Compile), ("precision", Precision),
+        ("optimizer", Optimizer), ("schedule", Schedule),
+    )
+}  # fmt: skip
+
+
+def _check_choices(config: Any) -> None:
+    for f in fields(config):
+        known, value = _CHOICES.get(f.name, ()), getattr(config, f.name)
+        if known and value not in known:
+            raise ValueError(f"{f.name}={value!r} is unknown{did_you_mean(str(value), known)}")
+
+
+def _at_least(config: Any, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -1,0 +1,227 @@
+"""The model: a pure function of an explicit dict of parameters, read from bottom to top like the paper.
+
+    B batch   T time   S keys seen   D d_model   F d_ff   H heads   K d_head   V vocabulary
+
+A block is a plain function of its own dict. `use(group, params)` stands just before a group computes ("root", then
+"blocks.0", ...): the identity on one device; under a strategy, how parameters at rest become parameters in use.
+`pvary` before a column-split product and `psum` after a row-split one are all there is to tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fnlm import random
+from fnlm.attention import Places, alibi_slopes, attention
+from fnlm.collectives import LOCAL, Axes, psum, pvary
+from fnlm.compiling import compiled
+from fnlm.config import Compute, ModelConfig
+from fnlm.tree import select
+from fnlm.types import Key, Params
+
+Use = Callable[[str, Params], Params]
+
+
+def identity(group: str, params: Params) -> Params:
+    """The `use` hook of a single device: parameters at rest are parameters in use."""
+    return params
+
+
+def forward(
+    params: Params,
+    tokens: Tensor,
+    cfg: ModelConfig,
+    *,
+    key: Key | None = None,
+    use: Use = identity,
+    axes: Axes = LOCAL,
+    compute: Compute = Compute(),
+) -> Tensor:
+    """Logits (B, T, V) of tokens (B, T).
+
+    `key`: (2,), or (B, 2) one per sample, draws dropout; None evaluates. `axes.tensor` set: V is this rank's part.
+    """
+    x, root = hidden(params, tokens, cfg, key=key, use=use, axes=axes, compute=compute)
+    return unembed(x, head_weight(root, cfg), cfg)
+
+
+def hidden(
+    params: Params,
+    tokens: Tensor,
+    cfg: ModelConfig,
+    *,
+    key: Key | None = None,
+    use: Use = identity,
+    axes: Axes = LOCAL,
+    compute: Compute = Compute(),
+) -> tuple[Tensor, Params]:
+    """The last normed activations (B, T, D), and the root group in use, which holds the head."""
+    if tokens.shape[-1] > cfg.seq_len:
+        raise ValueError(f"{tokens.shape[-1]} tokens are more than seq_len={cfg.seq_len}; cut the input, or raise seq_len")
+    groups = split_groups(params, cfg)
+    keys = _site_keys(key, tokens.shape[0], cfg)
+    root = use("root", groups["root"])
+    x = embed(root, tokens, cfg, keys and keys[:2], axes)
+    places = places_of(tokens.shape[1], cfg, x, axes)
+    run = compiled(_block) if compute.compile == "block" else _block
+    for i in range(cfg.n_layers):
+        name, mine = f"blocks.{i}", keys and keys[2 + 3 * i : 5 + 3 * i]
+
+        def layer(x: Tensor, name: str = name, mine: list[Tensor] | None = mine) -> Tensor:
+            return run(use(name, groups[name]), x, cfg, places, mine, axes, compute)
+
+        x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if compute.remat == "block" else layer(x)
+    return pvary(norm(root, "norm", x, cfg), axes.tensor), root
+
+
+def _block(
+    p: Params, x: Tensor, cfg: ModelConfig, places: Places, keys: list[Tensor] | None, axes: Axes, compute: Compute
+) -> Tensor:
+    """One transformer block, (B, T, D) -> (B, T, D); pre-norm, sequential or parallel residual (GPT-J)."""
+    att, res1, res2 = keys or (None, None, None)
+    a = _attend(p, norm(p, "attn_norm", x, cfg), cfg, places, att, axes, compute)
+    a = dropout(a, cfg.dropout_residual, res1)
+    y = x if cfg.parallel_residual else x + a
+    m = dropout(_mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes), cfg.dropout_residual, res2)
+    return x + a + m if cfg.parallel_residual else y + m
+
+
+def _attend(
+    p: Params, x: Tensor, cfg: ModelConfig, places: Places, key: Tensor | None, axes: Axes, compute: Compute
+) -> Tensor:
+    """Multi-head attention, (B, T, D) -> (B, T, D); however many heads the weights hold are computed here."""
+    n_kv, n_q = (p[f"attn.{name}.weight"].shape[0] // cfg.head_dim for name in "kq")
+    # One product for q, k and v: three narrow ones read the input three times.
+    weight = torch.cat([p["attn.q.weight"], p["attn.k.weight"], p["attn.v.weight"]])
+    bias = torch.cat([p["attn.q.bias"], p["attn.k.bias"], p["attn.v.bias"]]) if cfg.bias else None
+    qkv = rearrange(F.linear(pvary(x, axes.tensor), weight, bias), "B T (A K) -> B T A K", K=cfg.head_dim)
+    if cfg.qk_norm:
+        q, k, v = qkv.split([n_q, n_kv, n_kv], 2)
+        qkv = torch.cat([norm(p, "attn.q_norm", q, cfg), norm(p, "attn.k_norm", k, cfg), v], 2)
+    y = attention(qkv, n_q, n_kv, cfg, places, compute.kernels, key)
+    out = psum(F.linear(y, p["attn.out.weight"]), axes.tensor)
+    return out + p["attn.out.bias"] if cfg.bias else out
+
+
+def _mlp(p: Params, x: Tensor, cfg: ModelConfig, axes: Axes) -> Tensor:
+    """(B, T, D) -> (B, T, D) through F (SwiGLU: Shazeer 2020, eq. 5; relu squared: So et al. 2021)."""
+    x = pvary(x, axes.tensor)
+    h = F.linear(x, p["mlp.up.weight"], p.get("mlp.up.bias"))
+    if cfg.mlp == "swiglu":
+        h = F.silu(F.linear(x, p["mlp.gate.weight"], p.get("mlp.gate.bias"))) * h
+    elif cfg.mlp in ("gelu", "gelu-tanh"):
+        h = F.gelu(h, approximate="tanh" if cfg.mlp == "gelu-tanh" else "none")
+    else:
+        h = F.relu(h).square() if cfg.mlp == "relu2" else F.relu(h)
+    out = psum(F.linear(h, p["mlp.down.weight"]), axes.tensor)
+    return out + p["mlp.down.bias"] if cfg.bias else out
+
+
+def norm(p: Params, name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension."""
+    weight = p.get(f"{name}.weight")
+    if cfg.norm == "rmsnorm":
+        return F.rms_norm(x, x.shape[-1:], weight, cfg.norm_eps)
+    return F.layer_norm(x, x.shape[-1:], weight, p.get(f"{name}.bias"), cfg.norm_eps)
+
+
+def embed(root: Params, tokens: Tensor, cfg: ModelConfig, keys: list[Tensor] | None, axes: Axes) -> Tensor:
+    """Token, n-gram and learned position embeddings, added: (B, T) -> (B, T, D)."""
+    x = _rows(root["embed.tokens.weight"], tokens, cfg.vocab_size, axes)
+    for j, (order, rows) in enumerate(cfg.ngrams):
+        e = F.embedding(ngram_ids(tokens, order, rows, cfg.vocab_size), root[f"embed.ngram{order}.weight"])
+        if keys and cfg.dropout_ngram and order > 2:
+            e = e * random.keep_mask(random.fold_in(keys[1], j), cfg.dropout_ngram, (*e.shape[:2], 1), dtype=e.dtype)
+        x = x + e
+    if cfg.positions == "learned":
+        first = axes.context.index * tokens.shape[1] if axes.context else 0
+        x = x + root["embed.positions.weight"][first : first + tokens.shape[1]]
+    if cfg.embed_norm:
+        x = norm(root, "embed_norm", x, cfg)
+    return dropout(x, cfg.dropout_embed, keys[0] if keys else None)
+
+
+def _rows(weight: Tensor, tokens: Tensor, vocab_size: int, axes: Axes) -> Tensor:
+    """Embedding rows; split over the tensor axis, each rank contributes the rows it holds."""
+    if axes.tensor is None:
+        return F.embedding(tokens, weight)
+    mine = tokens - first_row(vocab_size, axes)
+    here = (mine >= 0) & (mine < weight.shape[0])
+    return psum(F.embedding(mine.where(here, 0), weight) * here[..., None], axes.tensor)
+
+
+def first_row(vocab_size: int, axes: Axes) -> int:
+    """The first vocabulary row this rank holds: parts of ceil(V / ranks), the last ones short or empty."""
+    return min(axes.tensor.index * -(-vocab_size // axes.tensor.size), vocab_size) if axes.tensor else 0
+
+
+def ngram_ids(tokens: Tensor, order: int, rows: int, vocab_size: int) -> Tensor:
+    """The row of each position's n-gram (itself and the order-1 before it), (B, T): exact where V+1 values fit, hashed else."""
+    base = vocab_size + 1  # V stands for "before the beginning"
+    code = tokens
+    for back in range(1, order):
+        before = F.pad(tokens, (back, 0), value=vocab_size)[..., : tokens.shape[-1]]
+        code = code + before * base**back if base**order < 2**62 else (code * 0x9E3779B1 + before) & 0xFFFFFFFF
+    if base**order <= rows:
+        return code
+    return (((code ^ (code >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF) % rows
+
+
+def places_of(t: int, cfg: ModelConfig, like: Tensor, axes: Axes = LOCAL) -> Places:
+    """The position tables for T positions, made once for all blocks."""
+    first = axes.context.index * t if axes.context else 0
+    if cfg.positions == "rope":
+        return Places(rotation=rope_table(torch.arange(first, first + t, device=like.device), cfg, like.dtype))
+    if cfg.positions == "alibi":
+        return Places(slopes=alibi_slopes(cfg.n_heads, like.device))
+    return Places()
+
+
+def rope_table(at: Tensor, cfg: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and signed sin for positions (T,): (T, R) each (Su et al. 2021, 3.4.2)."""
+    exponent = torch.arange(0, cfg.rope_dim, 2, device=at.device, dtype=torch.float64) / cfg.rope_dim
+    angle = torch.outer(at.double(), cfg.rope_theta**-exponent)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
+def dropout(x: Tensor, p: float, key: Key | None) -> Tensor:
+    """Zero elements with probability p and scale the others by 1/(1-p); no key: nothing happens (Srivastava et al. 2014)."""
+    return x if key is None or not p else x * random.keep_mask(key, p, x.shape, dtype=x.dtype)
+
+
+def _site_keys(key: Key | None, batch: int, cfg: ModelConfig) -> list[Tensor] | None:
+    """One key per sample and dropout site: embedding, n-grams, then (attention, residual, residual) per block."""
+    if key is None or not cfg.has_dropout:
+        return None
+    samples = key if key.ndim == 2 else random.fold_in(key, torch.arange(batch, device=key.device))
+    return list(random.split(samples, 2 + 3 * cfg.n_layers).unbind(-2))
+
+
+def head_weight(root: Params, cfg: ModelConfig) -> Tensor:
+    """The output matrix (V, D): the token embedding when tied."""
+    return root["embed.tokens.weight" if cfg.tied else "head.weight"]
+
+
+def unembed(x: Tensor, weight: Tensor, cfg: ModelConfig) -> Tensor:
+    """Logits of activations, (..., D) -> (..., V); muP divides by the width, a soft cap bounds them (Gemma 2)."""
+    return shape_logits(F.linear(x, weight), cfg)
+
+
+def shape_logits(logits: Tensor, cfg: ModelConfig) -> Tensor:
+    """The muP output multiplier and the soft cap, elementwise."""
+    if cfg.init == "mup":
+        logits = logits * (cfg.mup_base / cfg.d_model)
+    return logits if cfg.logit_softcap is None else cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)
+
+
+def split_groups(params: Params, cfg: ModelConfig) -> dict[str, Params]:
+    """The units of communication: "root" and each block's own dict, with the prefix taken off."""
+    root = {k: v for k, v in params.items() if not k.startswith("blocks.")}
+    return {"root": root, **{f"blocks.{i}": select(params, f"blocks.{i}") for i in range(cfg.n_layers)}}

@@ -1,0 +1,197 @@
+"""The training step: one text for every precision, and later for every strategy.
+
+Differentiation is `torch.autograd.grad` on leaves made once a step; `torch.func.grad` would keep the graph of the
+backward pass alive (a quarter more memory) and is for analysis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fnlm import optim, random, tree
+from fnlm.config import Precision, did_you_mean
+from fnlm.forward import Use, identity
+from fnlm.types import Batch, Key, Params, Transform, TrainState, Tree
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Metrics = dict[str, Tensor]
+
+
+class Loss(Protocol):
+    """What is minimised: loss(params, batch, key, use) -> 0-d mean over the batch's weighted tokens."""
+
+    def __call__(self, params: Params, batch: Batch, key: Key | None, use: Use, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is carried out: the dtype parameters compute in, how many pieces the batch goes through in, and donation.
+
+    Parameters rest in their own dtype (float32); they are cast once a step, and the loss is computed in float32.
+    `fp16` scales the loss, halves the scale at an overflow, skips that step, and doubles it after `scale_every` good steps.
+    """
+
+    precision: Precision = "fp32"
+    micro_batches: int = 1
+    donate: bool = True
+    use: Use = identity
+    scale_every: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.precision not in DTYPES:
+            raise ValueError(f"precision={self.precision!r} is unknown{did_you_mean(self.precision, list(DTYPES))}")
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches={self.micro_batches} must be at least 1")
+
+
+class LossScale(NamedTuple):
+    """The state of fp16 training: the factor, the good steps since it changed, and the optimizer's own state."""
+
+    scale: Tensor
+    good: Tensor
+    inner: Tree
+
+
+def init_state(params: Params, optimizer: Transform, plan: Plan = Plan(), key: Key | None = None) -> TrainState:
+    """The state before the first step; it holds copies, so donating it later leaves `params` as they are."""
+    own = {name: p.detach().clone() for name, p in params.items()}
+    opt_state = optimizer.init(own)
+    if plan.precision == "fp16":
+        device = next(iter(own.values())).device
+        opt_state = LossScale(torch.tensor(2.0**16, device=device), torch.tensor(0, device=device), opt_state)
+    return TrainState(torch.tensor(0), own, opt_state, random.key(0) if key is None else key)
+
+
+def value_and_grad(loss: Loss, plan: Plan = Plan()) -> Callable[..., tuple[Tensor, Params]]:
+    """The loss and its gradients over micro-batches: (params, batch, key=None, scale=None) -> (loss, grads).
+
+    `batch` is a Batch, cut into `plan.micro_batches` pieces by rows, or a list of Batches. Each piece counts by its
+    weights, so ragged and masked pieces give what one big batch gives. Gradients are in the dtype computed in, for one
+    piece, or float32 sums for several, and multiplied by `scale` where given. Inputs are not changed.
+    """
+
+    def run(
+        params: Params, batch: Batch | Sequence[Batch], key: Key | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Params]:
+        pieces = _pieces(batch, plan.micro_batches)
+        keys = _sample_keys(key, pieces)
+        live = _leaves(params, DTYPES[plan.precision])
+        if len(pieces) == 1:
+            return _one(loss, live, pieces[0], keys[0], plan.use, scale)
+        total = torch.stack([p.weights.sum() for p in pieces]).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        value, grads = torch.zeros(()), {k: torch.zeros_like(v, dtype=_wide(v.dtype)) for k, v in params.items()}
+        for piece, k in zip(pieces, keys, strict=True):
+            share = piece.weights.sum() / total
+            part, part_grads = _one(loss, live, piece, k, plan.use, share if scale is None else share * scale)
+            value = value + part * share
+            for name in grads:
+                grads[name] += part_grads.pop(name)
+        return value, grads
+
+    return run
+
+
+def _one(
+    loss: Loss, live: Params, batch: Batch, key: Key | None, use: Use, scale: Tensor | None
+) -> tuple[Tensor, Params]:
+    value = loss(live, batch, key, use)
+    if value.ndim:
+        raise ValueError(f"a loss is one number, this one has shape {tuple(value.shape)}; take its mean")
+    target = value if scale is None else value * scale
+    grads = torch.autograd.grad(target, list(live.values()), materialize_grads=True)
+    return value.detach(), dict(zip(live, grads, strict=True))
+
+
+def _leaves(params: Params, dtype: torch.dtype) -> Params:
+    """What autograd differentiates: the parameters themselves, or one low-precision copy of them all."""
+    same = dtype == torch.float32  # float64 parameters stay float64, for proofs
+    return {k: (v.detach() if same else v.detach().to(dtype)).requires_grad_() for k, v in params.items()}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pieces(batch: Batch | Sequence[Batch], n: int) -> list[Batch]:
+    if not isinstance(batch, Batch):
+        return list(batch)
+    rows = batch.tokens.shape[0]
+    if rows % n:
+        raise ValueError(f"a batch of {rows} rows is not divisible into {n} micro-batches; choose a divisor of {rows}")
+    return [batch] if n == 1 else [Batch(*parts) for parts in zip(*(x.chunk(n) for x in batch), strict=True)]
+
+
+def _sample_keys(key: Key | None, pieces: list[Batch]) -> list[Key | None]:
+    """One key per row of the whole batch, so that a row's dropout does not depend on how the batch is cut."""
+    if key is None:
+        return [None] * len(pieces)
+    sizes = [p.tokens.shape[0] for p in pieces]
+    return list(random.fold_in(key, torch.arange(sum(sizes), device=key.device)).split(sizes))
+
+
+def make_step(
+    loss: Loss, optimizer: Transform, plan: Plan = Plan()
+) -> Callable[[TrainState, Batch | Sequence[Batch]], tuple[TrainState, Metrics]]:
+    """step(state, batch) -> (state, metrics): gradients, then the optimizer.
+
+    With `plan.donate` (the default) the given state is dead afterwards: its tensors are updated in place and belong to
+    the new state. Metrics are 0-d tensors, read them when you need them: train/loss, and train/grad_norm where the
+    optimizer has a link called `clip`; fp16 adds train/loss_scale and train/skipped.
+    """
+    gradients = value_and_grad(loss, plan)
+    apply = _donated(optimizer) if plan.donate else _pure(optimizer)
+
+    def step(state: TrainState, batch: Batch | Sequence[Batch]) -> tuple[TrainState, Metrics]:
+        key = random.fold_in(state.key, state.step)
+        if isinstance(state.opt_state, LossScale):
+            return _scaled_step(state, batch, key)
+        value, grads = gradients(state.params, batch, key)
+        with torch.no_grad():
+            params, opt_state = apply(grads, state.opt_state, state.params)
+        return TrainState(state.step + 1, params, opt_state, state.key), {"train/loss": value, **_norm(opt_state)}
+
+    def _scaled_step(
+        state: TrainState, batch: Batch | Sequence[Batch], key: Key
+    ) -> tuple[TrainState, Metrics]:
+        scale, good, inner = state.opt_state
+        value, grads = gradients(state.params, batch, key, scale)
+        with torch.no_grad():
+            grads = {k: g.to(_wide(state.params[k].dtype)) / scale for k, g in grads.items()}
+            finite = bool(torch.stack([g.isfinite().all() for g in grads.values()]).all())
+            params, inner = apply(grads, inner, state.params) if finite else (state.params, inner)
+            grown = finite and int(good) + 1 >= plan.scale_every
+            scale = scale * 2 if grown else scale if finite else scale / 2
+            good = torch.zeros_like(good) if grown or not finite else good + 1
+        metrics = {"train/loss": value, "train/loss_scale": scale, "train/skipped": torch.tensor(int(not finite))}
+        state = TrainState(state.step + 1, params, LossScale(scale, good, inner), state.key)
+        return state, metrics | _norm(inner)
+
+    return step
+
+
+Apply = Callable[[Params, Tree, Params], tuple[Params, Tree]]
+
+
+def _donated(optimizer: Transform) -> Apply:
+    update_ = optim.in_place(optimizer)
+    return lambda grads, opt_state, params: (params, update_(grads, opt_state, params))
+
+
+def _pure(optimizer: Transform) -> Apply:
+    def apply(grads: Params, opt_state: Tree, params: Params) -> tuple[Params, Tree]:
+        wide = {k: g.to(params[k].dtype) for k, g in grads.items()}
+        updates, opt_state = optimizer.update(wide, opt_state, params)
+        return optim.apply_updates(params, updates), opt_state
+
+    return apply
+
+
+def _norm(opt_state: Tree) -> Metrics:
+    clip = opt_state.get("clip") if isinstance(opt_state, dict) else None
+    norm = tree.flatten(clip).get("norm") if clip is not None else None
+    return {} if norm is None else {"train/grad_norm": norm.clone()}
