@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fnlm import benchmark, benchmark_contestants, benchmark_report, benchmark_worker
+from fnlm import benchmark, benchmark_contestants, benchmark_report, benchmark_worker, params
 from fnlm.benchmark import Contestant, Shape
+from fnlm.config import ModelConfig
 
 FAKE = '''
 import torch
@@ -102,12 +103,12 @@ def nanogpt_state(n_layers: int, d: int, vocab: int, seq_len: int) -> dict[str, 
     return state | {"transformer.ln_f.weight": torch.randn(d)}
 
 
-def to_nanogpt(params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_nanogpt(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renamed = {"embed.tokens": "wte", "embed.positions": "wpe", "norm": "ln_f"}
     inner = {"attn_norm": "ln_1", "attn.out": "attn.c_proj", "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc"}
     inner |= {"mlp.down": "mlp.c_proj"}
     out = {}
-    for name, p in params.items():
+    for name, p in ours.items():
         stem = name.removesuffix(".weight")
         if stem in renamed:
             out[f"transformer.{renamed[stem]}.weight"] = p
@@ -116,7 +117,7 @@ def to_nanogpt(params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if rest in inner:
             out[f"transformer.h.{i}.{inner[rest]}.weight"] = p
         elif rest == "attn.q":
-            qkv = [params[f"blocks.{i}.attn.{x}.weight"] for x in "qkv"]
+            qkv = [ours[f"blocks.{i}.attn.{x}.weight"] for x in "qkv"]
             out[f"transformer.h.{i}.attn.c_attn.weight"] = torch.cat(qkv)
     return out
 
@@ -126,6 +127,12 @@ def test_weights_survive_the_way_there_and_back() -> None:
     back = to_nanogpt(benchmark_contestants.from_nanogpt(state))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_mapped_weights_are_what_our_model_has() -> None:
+    cfg = ModelConfig(n_layers=3, n_heads=2, d_model=8, vocab_size=11, seq_len=4)
+    ours = benchmark_contestants.from_nanogpt(nanogpt_state(n_layers=3, d=8, vocab=11, seq_len=4))
+    assert {name: tuple(p.shape) for name, p in ours.items()} == params.shapes(cfg)
 
 
 def test_speed_ratio_is_the_median_over_rounds_of_ratios_of_medians() -> None:
