@@ -17,7 +17,7 @@ FLOORS = (
     "tree",
     "random | config | collectives | compiling | machine",
     "attention < forward < losses | optim | sharding | tokenizers",
-    "params | presets | sampling | data | interop",
+    "params < presets | sampling | data | interop",
     "step | generate | evaluate | checkpoint | lift",
     "loop | track | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names
