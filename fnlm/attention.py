@@ -26,11 +26,19 @@ BLOCK = 256  # queries at a time on a CPU; the best of 128, 256 and 512 for T up
 Rotation = tuple[Tensor, Tensor]
 
 
-class Places(NamedTuple):
-    """What positions mean to a block: RoPE's cos and signed sin (T, R), ALiBi's slopes (H,); None where unused."""
+class Span(NamedTuple):
+    """A block of queries, the keys that any of them sees, and what is added to their scores, (1 or H, t, s)."""
 
-    rotation: Rotation | None = None
-    slopes: Tensor | None = None
+    rows: slice
+    cols: slice
+    bias: Tensor
+
+
+class Places(NamedTuple):
+    """What positions mean to every block, made once: RoPE's cos and signed sin (T, R) or None, and the spans."""
+
+    rotation: Rotation | None
+    spans: tuple[Span, ...]
 
 
 def attention(
@@ -40,8 +48,9 @@ def attention(
 
     The first `n_q` heads of `qkv` are queries, then `n_kv` keys and `n_kv` values; each key serves n_q / n_kv queries.
     """
-    dropped = key is not None and cfg.dropout_attn > 0
-    if kernels == "auto" and not qkv.is_cuda and not dropped and not needs_plain():
+    if key is not None and cfg.dropout_attn:
+        kernels = "plain"
+    if kernels == "auto" and not qkv.is_cuda and not needs_plain():
         out: Tensor = _Fused.apply(qkv, n_q, n_kv, cfg, places)  # type: ignore[no-untyped-call]
         return out
     if places.rotation is not None:
@@ -49,7 +58,7 @@ def attention(
         qkv = torch.cat([rotate(qk, *(x[:, None] for x in places.rotation)), v], 2)
     q, k, v = (x.transpose(1, 2) for x in qkv.split([n_q, n_kv, n_kv], 2))
     k, v = (x.repeat_interleave(n_q // n_kv, 1) if n_q > n_kv else x for x in (k, v))
-    if kernels != "plain" and not dropped and not needs_plain(compiling_too=False):
+    if (kernels == "sdpa" or (kernels == "auto" and q.is_cuda)) and not needs_plain(compiling_too=False):
         y = _sdpa(q, k, v, cfg, places)
     else:
         y = _plain(q, k, v, cfg, places, key)
@@ -84,38 +93,40 @@ def alibi_slopes(n_heads: int, device: torch.device) -> Tensor:
     return torch.tensor(series(n) + series(2 * n)[0::2][: n_heads - n], device=device)
 
 
-def bias_tile(queries: range, keys: range, cfg: ModelConfig, places: Places, like: Tensor) -> Tensor:
-    """What is added to scores: -inf where a key is later or out of the window, ALiBi's slope times distance; (1 or H, t, s)."""
+def spans_of(t: int, cfg: ModelConfig, like: Tensor, block: int | None = None) -> tuple[Span, ...]:
+    """The whole of T queries and keys cut into blocks of queries; None: one block. The dtype and device are those of `like`."""
+    size = block or t
+    starts = [(i, min(i + size, t), max(0, i + 1 - cfg.window) if cfg.window else 0) for i in range(0, t, size)]
+    return tuple(Span(slice(i, j), slice(k, j), _bias(range(i, j), range(k, j), cfg, like)) for i, j, k in starts)
+
+
+def _bias(queries: range, keys: range, cfg: ModelConfig, like: Tensor) -> Tensor:
+    """-inf where a key is later than the query or out of the window; ALiBi's slope times the distance."""
     at = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
     distance = at - torch.arange(keys.start, keys.stop, device=like.device)
-    hidden = distance < 0
-    if cfg.window is not None:
-        hidden |= distance >= cfg.window
+    hidden = (distance < 0) if cfg.window is None else (distance < 0) | (distance >= cfg.window)
     bias = torch.zeros(1, *distance.shape, dtype=like.dtype, device=like.device)
-    if places.slopes is not None:
-        bias = (-places.slopes[:, None, None] * distance).to(like.dtype)
+    if cfg.positions == "alibi":
+        bias = (-alibi_slopes(cfg.n_heads, like.device)[:, None, None] * distance).to(like.dtype)
     return bias.masked_fill(hidden, -torch.inf)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places, key: Key | None) -> Tensor:
-    t = range(q.shape[2])
-    probs = (q * scale(cfg) @ k.mT + bias_tile(t, t, cfg, places, q)).softmax(-1)
-    if key is not None and cfg.dropout_attn:
-        probs = probs * keep_mask(key, cfg.dropout_attn, probs.shape, dtype=probs.dtype)
-    return probs @ v
+    out = []
+    for rows, cols, bias in places.spans:
+        probs = (q[:, :, rows] * scale(cfg) @ k[:, :, cols].mT + bias).softmax(-1)
+        if key is not None and cfg.dropout_attn:
+            offset = (0, rows.start, cols.start) if key.ndim == 2 else (0, 0, rows.start, cols.start)
+            probs = probs * keep_mask(key, cfg.dropout_attn, probs.shape, offset, dtype=probs.dtype)
+        out.append(probs @ v[:, :, cols])
+    return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places) -> Tensor:
-    if cfg.window is None and places.slopes is None:
+    if cfg.window is None and cfg.positions != "alibi":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale(cfg))
-    t = range(q.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_tile(t, t, cfg, places, q), scale=scale(cfg))
-
-
-def _spans(t: int, window: int | None) -> list[tuple[range, range]]:
-    """Blocks of queries, each with the keys that any of them sees."""
-    starts = range(0, t, BLOCK)
-    return [(range(i, min(i + BLOCK, t)), range(max(0, i - (window or t) + 1), min(i + BLOCK, t))) for i in starts]
+    (span,) = places.spans
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=span.bias, scale=scale(cfg))
 
 
 class _Fused(torch.autograd.Function):
@@ -130,10 +141,13 @@ class _Fused(torch.autograd.Function):
         q, k, v = _three(heads, n_q, n_kv)
         y = torch.empty_like(q)
         kept = []
-        for i, (rows, cols) in enumerate(_spans(t, cfg.window)):
-            probs = _probs(q, k, rows, cols, b, cfg, places)
-            y[:, rows.start : rows.stop] = probs @ v[:, cols.start : cols.stop]
-            kept += [probs] if t <= BLOCK else []
+        for span in places.spans:
+            probs = _probs(q, k, span, cfg)
+            if len(places.spans) == 1:
+                torch.bmm(probs, v, out=y)
+                kept.append(probs)
+            else:  # recomputed in the backward pass: 4 % more time at T = 512, and nothing of (T, T) is kept
+                y[:, span.rows] = probs @ v[:, span.cols]
         ctx.save_for_backward(heads, *kept)
         ctx.n_q, ctx.n_kv, ctx.cfg, ctx.places = n_q, n_kv, cfg, places
         return y.view(n_q, b, t, k_dim).permute(1, 2, 0, 3).reshape(b, t, n_q * k_dim)
@@ -148,18 +162,17 @@ class _Fused(torch.autograd.Function):
         g = g.view(b, t, n_q, k_dim).permute(2, 0, 1, 3).reshape(n_q * b, t, k_dim)
         d_heads = torch.empty_like(heads)
         d_q, d_k, d_v = _three(d_heads, n_q, n_kv) if n_q == n_kv else (torch.empty_like(q) for _ in range(3))
-        spans = _spans(t, cfg.window)
-        if len(spans) > 1:
+        if len(places.spans) > 1:
             d_k.zero_(), d_v.zero_()
-        for i, (rows, cols) in enumerate(spans):
-            r, c = slice(rows.start, rows.stop), slice(cols.start, cols.stop)
-            probs = kept[i] if kept else _probs(q, k, rows, cols, b, cfg, places)
+        add = int(len(places.spans) > 1)
+        for i, span in enumerate(places.spans):
+            r, c = span.rows, span.cols
+            probs = kept[i] if kept else _probs(q, k, span, cfg)
             d_probs = g[:, r] @ v[:, c].mT
             d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-            first = int(len(spans) > 1)
             d_q[:, r].baddbmm_(d_scores, k[:, c], beta=0, alpha=scale(cfg))
-            d_k[:, c].baddbmm_(d_scores.mT, q[:, r], beta=first, alpha=scale(cfg))
-            d_v[:, c].baddbmm_(probs.mT, g[:, r], beta=first)
+            d_k[:, c].baddbmm_(d_scores.mT, q[:, r], beta=add, alpha=scale(cfg))
+            d_v[:, c].baddbmm_(probs.mT, g[:, r], beta=add)
         if n_q > n_kv:
             d_heads[:n_q] = d_q.view(n_q, b, t, k_dim)
             for j, d in enumerate((d_k, d_v)):
@@ -178,8 +191,11 @@ def _three(heads: Tensor, n_q: int, n_kv: int) -> list[Tensor]:
     return [x.flatten(0, 1) for x in parts]
 
 
-def _probs(q: Tensor, k: Tensor, rows: range, cols: range, b: int, cfg: ModelConfig, places: Places) -> Tensor:
-    """(H B, t, s) attention weights of one block."""
-    bias = bias_tile(rows, cols, cfg, places, q).repeat_interleave(b, 0) if places.slopes is not None else None
-    bias = bias_tile(rows, cols, cfg, places, q) if bias is None else bias
-    return torch.baddbmm(bias, q[:, rows.start : rows.stop], k[:, cols.start : cols.stop].mT, alpha=scale(cfg)).softmax(-1)
+def _probs(q: Tensor, k: Tensor, span: Span, cfg: ModelConfig) -> Tensor:
+    """(H B, t, s) attention weights of one span."""
+    q, k, bias = q[:, span.rows], k[:, span.cols], span.bias
+    if len(bias) == 1:
+        return torch.baddbmm(bias, q, k.mT, alpha=scale(cfg)).softmax(-1)
+    scores = (q @ k.mT).mul_(scale(cfg))
+    scores.unflatten(0, (len(bias), -1)).add_(bias[:, None])
+    return scores.softmax(-1)

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fnlm import random
-from fnlm.attention import Places, alibi_slopes, attention
+from fnlm.attention import BLOCK, Places, attention, spans_of
 from fnlm.collectives import LOCAL, Axes, psum, pvary
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
+from fnlm.mlp import mlp
 from fnlm.tree import select
 from fnlm.types import Key, Params
 
@@ -68,7 +69,7 @@ def hidden(
     keys = _site_keys(key, tokens.shape[0], cfg)
     root = use("root", groups["root"])
     x = embed(root, tokens, cfg, keys and keys[:2], axes)
-    places = places_of(tokens.shape[1], cfg, x, axes)
+    places = places_of(tokens.shape[1], cfg, x, compute, axes)
     run = compiled(_block) if compute.compile == "block" else _block
     for i in range(cfg.n_layers):
         name, mine = f"blocks.{i}", keys and keys[2 + 3 * i : 5 + 3 * i]
@@ -88,7 +89,7 @@ def _block(
     a = _attend(p, norm(p, "attn_norm", x, cfg), cfg, places, att, axes, compute)
     a = dropout(a, cfg.dropout_residual, res1)
     y = x if cfg.parallel_residual else x + a
-    m = dropout(_mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes), cfg.dropout_residual, res2)
+    m = dropout(mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes, compute.kernels), cfg.dropout_residual, res2)
     return x + a + m if cfg.parallel_residual else y + m
 
 
@@ -107,20 +108,6 @@ def _attend(
     y = attention(qkv, n_q, n_kv, cfg, places, compute.kernels, key)
     out = psum(F.linear(y, p["attn.out.weight"]), axes.tensor)
     return out + p["attn.out.bias"] if cfg.bias else out
-
-
-def _mlp(p: Params, x: Tensor, cfg: ModelConfig, axes: Axes) -> Tensor:
-    """(B, T, D) -> (B, T, D) through F (SwiGLU: Shazeer 2020, eq. 5; relu squared: So et al. 2021)."""
-    x = pvary(x, axes.tensor)
-    h = F.linear(x, p["mlp.up.weight"], p.get("mlp.up.bias"))
-    if cfg.mlp == "swiglu":
-        h = F.silu(F.linear(x, p["mlp.gate.weight"], p.get("mlp.gate.bias"))) * h
-    elif cfg.mlp in ("gelu", "gelu-tanh"):
-        h = F.gelu(h, approximate="tanh" if cfg.mlp == "gelu-tanh" else "none")
-    else:
-        h = F.relu(h).square() if cfg.mlp == "relu2" else F.relu(h)
-    out = psum(F.linear(h, p["mlp.down.weight"]), axes.tensor)
-    return out + p["mlp.down.bias"] if cfg.bias else out
 
 
 def norm(p: Params, name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
@@ -173,14 +160,13 @@ def ngram_ids(tokens: Tensor, order: int, rows: int, vocab_size: int) -> Tensor:
     return (((code ^ (code >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF) % rows
 
 
-def places_of(t: int, cfg: ModelConfig, like: Tensor, axes: Axes = LOCAL) -> Places:
+def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Axes = LOCAL) -> Places:
     """The position tables for T positions, made once for all blocks."""
     first = axes.context.index * t if axes.context else 0
-    if cfg.positions == "rope":
-        return Places(rotation=rope_table(torch.arange(first, first + t, device=like.device), cfg, like.dtype))
-    if cfg.positions == "alibi":
-        return Places(slopes=alibi_slopes(cfg.n_heads, like.device))
-    return Places()
+    at = torch.arange(first, first + t, device=like.device)
+    rotation = rope_table(at, cfg, like.dtype) if cfg.positions == "rope" else None
+    blocked = compute.kernels != "sdpa" and not like.is_cuda
+    return Places(rotation, spans_of(t, cfg, like, BLOCK if blocked else None))
 
 
 def rope_table(at: Tensor, cfg: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
