@@ -1,0 +1,196 @@
+"""The donated form of any optimizer: parameters and moments are overwritten, gradients are used up.
+
+The plan (see `fnlm.optim.lower`) is made once for given names, shapes and dtypes. A step then makes few calls on lists
+of tensors; AdamW is one kernel, with the clip inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fnlm.optim.adam import AdamState, ScaleByAdam
+from fnlm.optim.clip import ClipState, global_norm
+from fnlm.optim.lower import Chunk, Clip, Link, Part, Path, Plan, lower
+from fnlm.optim.scale import ScaleBySchedule
+from fnlm.tree import size
+from fnlm.types import Params, Transform, Tree
+
+InPlace: TypeAlias = Callable[[Params, Tree, Params], Tree]
+"""(grads, state, params) -> state; all three are donated."""
+
+
+def in_place(optimizer: Transform, chunk: int = 8 << 20) -> InPlace:
+    """The optimizer as `update(grads, state, params) -> state` on donated arguments.
+
+    Equal to `optimizer.update` followed by `apply_updates`, up to rounding.
+
+    Parameters are updated in place; the moments of the given state are overwritten and live on in the returned one; the
+    gradients are overwritten and `grads` is emptied. Gradients may have a lower precision than the parameters: they are
+    converted at most `chunk` elements (or one tensor) at a time. Raises ValueError if grads and params differ in names.
+    """
+    plans: dict[object, tuple[Plan, bool]] = {}
+
+    @torch.no_grad()
+    def update(grads: Params, state: Tree, params: Params) -> Tree:
+        if grads.keys() != params.keys():
+            odd = sorted(grads.keys() ^ params.keys())
+            raise ValueError(f"{len(odd)} names have no gradient or no parameter, first {odd[0]!r}; give both for each")
+        key = tuple([(name, p.shape, p.dtype, p.device) for name, p in params.items()])
+        if key not in plans:
+            plans[key] = lower(optimizer, params, chunk), size(params) <= chunk
+        plan, small = plans[key]
+        if small:  # the norm is faster over float32, and the copy is small
+            grads.update({k: _cast(g, params[k].dtype) for k, g in grads.items()})
+        return _run(plan, grads, state, params)
+
+    return update
+
+
+def _run(plan: Plan, grads: Params, state: Tree, params: Params) -> Tree:
+    after: dict[Path, Tree] = {}
+    divisors = []
+    for clip in plan.clips:
+        norm = _norm(clip, grads).to(_at(state, clip.path).norm.dtype)
+        after[clip.path] = ClipState(norm)
+        divisors.append(clip.rule.divisor(norm))
+    rates = {path: _rate(rule, _at(state, path)) for path, rule in plan.rates.items()}
+    after.update({path: _advanced(_at(state, path)) for path in plan.rates})
+    for part in plan.parts:
+        rate = 1.0
+        for path in part.rates:
+            rate *= rates[path]
+        divisor = None if part.clip is None else divisors[part.clip]
+        link = _run_part(part, grads, state, params, rate, divisor)
+        if part.core:
+            after[part.core[0]] = link
+    if plan.average:
+        after[plan.average[0]] = _average(*plan.average, state, params, plan.parts)
+    for path, value in after.items():
+        state = _put(state, path, value)
+    return state
+
+
+def _norm(clip: Clip, grads: Params) -> Tensor:
+    if clip.rule.norm is not global_norm or not clip.names:
+        return clip.rule.norm({k: grads[k] for k in clip.names})
+    mine = [grads[k] for k in clip.names]
+    norms = torch._foreach_norm(mine, 2, torch.promote_types(mine[0].dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
+def _rate(rule: Any, state: Tree) -> float:
+    # the count is on the CPU: no device is waited for
+    return -float(rule.schedule(int(state.count)) if isinstance(rule, ScaleBySchedule) else state.value)
+
+
+def _run_part(part: Part, grads: Params, state: Tree, params: Params, rate: float, divisor: Tensor | None) -> Tree:
+    """Update the parameters of a part; returns the state of its core."""
+    own: Any = _at(state, part.core[0]) if part.core else ()
+    if part.core and not hasattr(part.core[1].rule, "update_"):
+        return _run_pure(part, part.core, grads, own, params, rate, divisor)
+    rule = part.core[1].rule if part.core else None
+    for chunk in part.chunks:
+        _run_chunk(rule, chunk, grads, own, params, rate, divisor)
+    return _advanced(own)
+
+
+def _run_chunk(
+    rule: Any, chunk: Chunk, grads: Params, own: Any, params: Params, rate: float, divisor: Tensor | None
+) -> None:
+    ps = [params[k] for k in chunk.names]
+    gs = [_cast(grads.pop(k), ps[0].dtype) for k in chunk.names]
+    if isinstance(rule, ScaleByAdam) and _has_kernel(chunk, own, ps[0]):
+        _adamw_(rule, chunk, own, ps, gs, rate, divisor)
+        return
+    _prepare_(gs, ps, chunk, divisor)
+    us = rule.update_(chunk.names, gs, own) if rule else gs
+    _add_(ps, us, rate * chunk.gain, rate * chunk.decay)
+
+
+def _cast(g: Tensor, dtype: torch.dtype) -> Tensor:
+    return g if g.dtype == dtype else g.to(dtype)
+
+
+def _run_pure(
+    part: Part, core: Link, grads: Params, own: Tree, params: Params, rate: float, divisor: Tensor | None
+) -> Tree:
+    mine = {k: params[k] for k in part.names}
+    gs = {k: _cast(grads.pop(k), p.dtype) for k, p in mine.items()}
+    if divisor is not None and gs:
+        torch._foreach_div_(list(gs.values()), divisor)
+    updates, own = core[1].update(gs, own, mine)
+    for chunk in part.chunks:
+        us = [updates.pop(k) for k in chunk.names]
+        _add_([params[k] for k in chunk.names], us, rate * chunk.gain, rate * chunk.decay)
+    return own
+
+
+def _has_kernel(chunk: Chunk, own: AdamState, p: Tensor) -> bool:
+    return own.mu[chunk.names[0]].dtype == p.dtype and p.device.type in ("cpu", "cuda")
+
+
+def _adamw_(
+    rule: ScaleByAdam,
+    chunk: Chunk,
+    own: AdamState,
+    ps: list[Tensor],
+    gs: list[Tensor],
+    rate: float,
+    divisor: Tensor | None,
+) -> None:
+    if chunk.l2 or ps[0].dtype != torch.float32:  # the kernel reads the divisor as float32 and before any l2
+        _prepare_(gs, ps, chunk, divisor)
+        divisor = None
+    decay = chunk.decay / chunk.gain if chunk.gain else 0.0
+    if chunk.decay and not chunk.gain:
+        torch._foreach_mul_(ps, 1 + rate * chunk.decay)
+    step = torch.full((), float(int(own.count) + 1), device=ps[0].device)
+    torch._fused_adamw_(
+        ps, gs, [own.mu[k] for k in chunk.names], [own.nu[k] for k in chunk.names], [], [step] * len(ps),
+        lr=-rate * chunk.gain, beta1=rule.b1, beta2=rule.b2, weight_decay=decay, eps=rule.eps,
+        amsgrad=False, maximize=False, grad_scale=divisor,
+        found_inf=None if divisor is None else torch.zeros_like(divisor),
+    )  # fmt: skip
+
+
+def _prepare_(gs: list[Tensor], ps: list[Tensor], chunk: Chunk, divisor: Tensor | None) -> None:
+    if divisor is not None:
+        torch._foreach_div_(gs, divisor)
+    if chunk.l2:
+        torch._foreach_add_(gs, ps, alpha=chunk.l2)
+
+
+def _add_(ps: list[Tensor], us: list[Tensor], gain: float, decay: float) -> None:
+    if decay:
+        torch._foreach_mul_(ps, 1 + decay)
+    torch._foreach_add_(ps, us, alpha=gain)
+
+
+def _average(path: Path, rule: Any, state: Tree, params: Params, parts: tuple[Part, ...]) -> Tree:
+    own = _at(state, path)
+    weight = float(rule.weight(own.count))
+    for chunk in (chunk for part in parts for chunk in part.chunks):
+        averages = [own.average[k] for k in chunk.names]
+        new = [params[k].to(a.dtype) for k, a in zip(chunk.names, averages, strict=True)]
+        torch._foreach_lerp_(averages, new, weight)
+    return _advanced(own)
+
+
+def _advanced(own: Tree) -> Tree:
+    # a fresh count, not count += 1: whoever kept the last state's count for a log still reads what it was
+    return own._replace(count=own.count + 1) if "count" in getattr(own, "_fields", ()) else own
+
+
+def _at(state: Tree, path: Path) -> Any:
+    for name in path:
+        state = state[name]
+    return state
+
+
+def _put(state: Tree, path: Path, value: Tree) -> Tree:
+    return {**state, path[0]: _put(state[path[0]], path[1:], value)} if path else value
