@@ -1,4 +1,4 @@
-"""fnlm: a language model is a pure function of an explicit dict of parameters; everything else transforms such dicts."""
+"""fnlm: a language model is a pure function of a dict of parameters; everything else transforms such dicts."""
 
 from fnlm import optim, random, tree
 from fnlm.config import Compute, ModelConfig, TrainConfig, override
@@ -10,7 +10,7 @@ from fnlm.params import count, flops_per_token, init_params, is_hidden_matrix, i
 from fnlm.presets import FINETUNING, PRESETS, TRAINING
 from fnlm.random import fold_in, key, split
 from fnlm.step import Plan, init_state, make_step, value_and_grad
-from fnlm.types import Batch, Key, Params, Transform, TrainState
+from fnlm.types import Batch, Key, Params, TrainState, Transform
 
 __version__ = "0.1.0"
 

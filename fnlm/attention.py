@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fnlm.config import Kernels, ModelConfig
-from fnlm.random import keep_mask
+from fnlm.dropout import dropout
 from fnlm.types import Key
 
 BLOCK = 256  # queries at a time on a CPU; the best of 128, 256 and 512 for T up to 1024
@@ -42,12 +42,20 @@ class Places(NamedTuple):
 
 
 def attention(
-    qkv: Tensor, n_q: int, n_kv: int, cfg: ModelConfig, places: Places, kernels: Kernels, key: Key | None
+    qkv: Tensor,
+    heads: tuple[int, int],
+    cfg: ModelConfig,
+    places: Places,
+    kernels: Kernels = "auto",
+    key: Key | None = None,
+    first_head: int = 0,
 ) -> Tensor:
     """softmax(q k^T scale + bias) v over earlier positions (Vaswani et al. 2017, 3.2): (B, T, A, K) -> (B, T, H K).
 
-    The first `n_q` heads of `qkv` are queries, then `n_kv` keys and `n_kv` values; each key serves n_q / n_kv queries.
+    `heads` = (n_q, n_kv): the first n_q heads of `qkv` are queries, then n_kv keys and n_kv values; each key serves
+    n_q / n_kv queries. `key` (B, 2) draws dropout; `first_head` is the global number of the first query head.
     """
+    n_q, n_kv = heads
     if key is not None and cfg.dropout_attn:
         kernels = "plain"
     if kernels == "auto" and not qkv.is_cuda and not needs_plain():
@@ -61,7 +69,7 @@ def attention(
     if (kernels == "sdpa" or (kernels == "auto" and q.is_cuda)) and not needs_plain(compiling_too=False):
         y = _sdpa(q, k, v, cfg, places)
     else:
-        y = _plain(q, k, v, cfg, places, key)
+        y = _plain(q, k, v, cfg, places, key, first_head)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -94,7 +102,7 @@ def alibi_slopes(n_heads: int, device: torch.device) -> Tensor:
 
 
 def spans_of(t: int, cfg: ModelConfig, like: Tensor, block: int | None = None) -> tuple[Span, ...]:
-    """The whole of T queries and keys cut into blocks of queries; None: one block. The dtype and device are those of `like`."""
+    """T queries and keys, cut into blocks of queries (None: one), with biases of the dtype and device of `like`."""
     size = block or t
     starts = [(i, min(i + size, t), max(0, i + 1 - cfg.window) if cfg.window else 0) for i in range(0, t, size)]
     return tuple(Span(slice(i, j), slice(k, j), _bias(range(i, j), range(k, j), cfg, like)) for i, j, k in starts)
@@ -111,13 +119,13 @@ def _bias(queries: range, keys: range, cfg: ModelConfig, like: Tensor) -> Tensor
     return bias.masked_fill(hidden, -torch.inf)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places, key: Key | None) -> Tensor:
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places, key: Key | None, first_head: int
+) -> Tensor:
     out = []
     for rows, cols, bias in places.spans:
         probs = (q[:, :, rows] * scale(cfg) @ k[:, :, cols].mT + bias).softmax(-1)
-        if key is not None and cfg.dropout_attn:
-            offset = (0, rows.start, cols.start) if key.ndim == 2 else (0, 0, rows.start, cols.start)
-            probs = probs * keep_mask(key, cfg.dropout_attn, probs.shape, offset, dtype=probs.dtype)
+        probs = dropout(probs, cfg.dropout_attn, key, (first_head, rows.start, cols.start))
         out.append(probs @ v[:, :, cols])
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
@@ -153,7 +161,7 @@ class _Fused(torch.autograd.Function):
         return y.view(n_q, b, t, k_dim).permute(1, 2, 0, 3).reshape(b, t, n_q * k_dim)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         heads, *kept = ctx.saved_tensors
         n_q, n_kv, cfg, places = ctx.n_q, ctx.n_kv, ctx.cfg, ctx.places

@@ -54,7 +54,7 @@ class Dist:
 
 @dataclass(frozen=True)
 class Axis:
-    """A named mesh axis as one rank sees it: how many ranks lie along it, which one this is, and the wire between them."""
+    """A named mesh axis as one rank sees it: how many ranks lie along it, which one this is, and the wire."""
 
     name: str
     size: int
@@ -66,7 +66,6 @@ class Axes(NamedTuple):
     """The mesh axes a forward may be split over; None: nobody to talk to."""
 
     data: Axis | None = None
-    context: Axis | None = None
     tensor: Axis | None = None
 
 
@@ -102,7 +101,7 @@ class _PVary(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return _all_reduce(g, ctx.axis), None
 
 
@@ -112,7 +111,7 @@ class _PSum(torch.autograd.Function):
         return _all_reduce(x, axis)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return g, None
 
 
@@ -123,7 +122,7 @@ class _Gather(torch.autograd.Function):
         return _all_gather(x, axis, dim)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return _reduce_scatter(g, ctx.axis, ctx.dim), None, None
 
 
@@ -134,12 +133,12 @@ class _Scatter(torch.autograd.Function):
         return _reduce_scatter(x, axis, dim)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return _all_gather(g, ctx.axis, ctx.dim), None, None
 
 
 def _apply(fn: type[torch.autograd.Function], *args: Any) -> Tensor:
-    out: Tensor = fn.apply(*args)  # type: ignore[no-untyped-call]
+    out: Tensor = fn.apply(*args)
     return out
 
 

@@ -17,7 +17,7 @@ R = TypeVar("R")
 def compiled(fn: Callable[..., R]) -> Callable[..., R]:
     """`fn` as one graph, or `fn` itself from the first failure on, with one logged line that says why.
 
-    An error that `fn` raises by itself is raised as it is: the eager call is made before anything is blamed on compilation.
+    An error that `fn` itself raises comes out as it is: the eager call is made before compilation is blamed.
     """
     fast: Callable[..., R] | None = torch.compile(fn, dynamic=False)
 
@@ -28,7 +28,7 @@ def compiled(fn: Callable[..., R]) -> Callable[..., R]:
             return fn(*args)
         try:
             return fast(*args)
-        except Exception as why:
+        except Exception as why:  # noqa: BLE001  whatever a compiler throws, the eager call below decides
             result = fn(*args)
             fast = None
             name, reason = getattr(fn, "__name__", "function"), next(iter(str(why).strip().splitlines()), "")

@@ -1,4 +1,4 @@
-"""What a model is (ModelConfig), how it is computed (Compute) and how it is trained (TrainConfig): frozen, validated records."""
+"""What a model is (ModelConfig), how it is computed (Compute) and trained (TrainConfig): frozen, validated records."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained: sizes in sequences and steps, learning rates per step; a step sees batch_size x micro_batches.
+    """How a model is trained: sizes in sequences and steps; a step sees batch_size x micro_batches sequences.
 
     Raises ValueError with the offending numbers and the remedy.
     """

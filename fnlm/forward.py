@@ -22,6 +22,7 @@ from fnlm.attention import BLOCK, Places, attention, spans_of
 from fnlm.collectives import LOCAL, Axes, psum, pvary
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
+from fnlm.dropout import dropout
 from fnlm.mlp import mlp
 from fnlm.tree import select
 from fnlm.types import Key, Params
@@ -64,12 +65,14 @@ def hidden(
 ) -> tuple[Tensor, Params]:
     """The last normed activations (B, T, D), and the root group in use, which holds the head."""
     if tokens.shape[-1] > cfg.seq_len:
-        raise ValueError(f"{tokens.shape[-1]} tokens are more than seq_len={cfg.seq_len}; cut the input, or raise seq_len")
+        raise ValueError(
+            f"{tokens.shape[-1]} tokens are more than seq_len={cfg.seq_len}; cut the input, or raise seq_len"
+        )
     groups = split_groups(params, cfg)
     keys = _site_keys(key, tokens.shape[0], cfg)
     root = use("root", groups["root"])
     x = embed(root, tokens, cfg, keys and keys[:2], axes)
-    places = places_of(tokens.shape[1], cfg, x, compute, axes)
+    places = places_of(tokens.shape[1], cfg, x, compute)
     run = compiled(_block) if compute.compile == "block" else _block
     for i in range(cfg.n_layers):
         name, mine = f"blocks.{i}", keys and keys[2 + 3 * i : 5 + 3 * i]
@@ -77,7 +80,11 @@ def hidden(
         def layer(x: Tensor, name: str = name, mine: list[Tensor] | None = mine) -> Tensor:
             return run(use(name, groups[name]), x, cfg, places, mine, axes, compute)
 
-        x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if compute.remat == "block" else layer(x)
+        x = (
+            checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+            if compute.remat == "block"
+            else layer(x)
+        )
     return pvary(norm(root, "norm", x, cfg), axes.tensor), root
 
 
@@ -105,7 +112,8 @@ def _attend(
     if cfg.qk_norm:
         q, k, v = qkv.split([n_q, n_kv, n_kv], 2)
         qkv = torch.cat([norm(p, "attn.q_norm", q, cfg), norm(p, "attn.k_norm", k, cfg), v], 2)
-    y = attention(qkv, n_q, n_kv, cfg, places, compute.kernels, key)
+    first_head = axes.tensor.index * -(-cfg.n_heads // axes.tensor.size) if axes.tensor else 0
+    y = attention(qkv, (n_q, n_kv), cfg, places, compute.kernels, key, first_head)
     out = psum(F.linear(y, p["attn.out.weight"]), axes.tensor)
     return out + p["attn.out.bias"] if cfg.bias else out
 
@@ -123,12 +131,12 @@ def embed(root: Params, tokens: Tensor, cfg: ModelConfig, keys: list[Tensor] | N
     x = _rows(root["embed.tokens.weight"], tokens, cfg.vocab_size, axes)
     for j, (order, rows) in enumerate(cfg.ngrams):
         e = F.embedding(ngram_ids(tokens, order, rows, cfg.vocab_size), root[f"embed.ngram{order}.weight"])
-        if keys and cfg.dropout_ngram and order > 2:
-            e = e * random.keep_mask(random.fold_in(keys[1], j), cfg.dropout_ngram, (*e.shape[:2], 1), dtype=e.dtype)
+        if keys and order > 2:
+            whole_rows = dropout(torch.ones_like(e[..., :1]), cfg.dropout_ngram, random.fold_in(keys[1], j))
+            e = e * whole_rows
         x = x + e
     if cfg.positions == "learned":
-        first = axes.context.index * tokens.shape[1] if axes.context else 0
-        x = x + root["embed.positions.weight"][first : first + tokens.shape[1]]
+        x = x + root["embed.positions.weight"][: tokens.shape[1]]
     if cfg.embed_norm:
         x = norm(root, "embed_norm", x, cfg)
     return dropout(x, cfg.dropout_embed, keys[0] if keys else None)
@@ -149,7 +157,7 @@ def first_row(vocab_size: int, axes: Axes) -> int:
 
 
 def ngram_ids(tokens: Tensor, order: int, rows: int, vocab_size: int) -> Tensor:
-    """The row of each position's n-gram (itself and the order-1 before it), (B, T): exact where V+1 values fit, hashed else."""
+    """The row of each position's n-gram, itself and the order-1 before it, (B, T): exact where all fit, else hashed."""
     base = vocab_size + 1  # V stands for "before the beginning"
     code = tokens
     for back in range(1, order):
@@ -160,10 +168,9 @@ def ngram_ids(tokens: Tensor, order: int, rows: int, vocab_size: int) -> Tensor:
     return (((code ^ (code >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF) % rows
 
 
-def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Axes = LOCAL) -> Places:
+def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute) -> Places:
     """The position tables for T positions, made once for all blocks."""
-    first = axes.context.index * t if axes.context else 0
-    at = torch.arange(first, first + t, device=like.device)
+    at = torch.arange(t, device=like.device)
     rotation = rope_table(at, cfg, like.dtype) if cfg.positions == "rope" else None
     blocked = compute.kernels != "sdpa" and not like.is_cuda
     return Places(rotation, spans_of(t, cfg, like, BLOCK if blocked else None))
@@ -175,11 +182,6 @@ def rope_table(at: Tensor, cfg: ModelConfig, dtype: torch.dtype) -> tuple[Tensor
     angle = torch.outer(at.double(), cfg.rope_theta**-exponent)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
-
-
-def dropout(x: Tensor, p: float, key: Key | None) -> Tensor:
-    """Zero elements with probability p and scale the others by 1/(1-p); no key: nothing happens (Srivastava et al. 2014)."""
-    return x if key is None or not p else x * random.keep_mask(key, p, x.shape, dtype=x.dtype)
 
 
 def _site_keys(key: Key | None, batch: int, cfg: ModelConfig) -> list[Tensor] | None:

@@ -1,4 +1,4 @@
-"""Cross-entropy two ways that agree: plain, for transforms, and fused with the head, which keeps no (B, T, V) tensor."""
+"""Cross-entropy two ways that agree: plain, for transforms, and fused with the head, without a (B, T, V) tensor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def lm_loss(
     x, root = hidden(params, batch.tokens, cfg, key=key, use=use, axes=axes, compute=compute)
     weight = head_weight(root, cfg)
     if compute.kernels == "plain" or axes.tensor is not None or needs_plain():
-        return cross_entropy(unembed(x, weight, cfg), batch.targets, batch.weights, axes=axes, vocab_size=cfg.vocab_size)
+        return cross_entropy(
+            unembed(x, weight, cfg), batch.targets, batch.weights, axes=axes, vocab_size=cfg.vocab_size
+        )
     return fused_cross_entropy(x, weight, batch.targets, batch.weights, cfg, compute.loss_chunks)
 
 
@@ -138,7 +140,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(output[1], output[2])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_rows, d_weight = ctx.saved_tensors
         return d_rows * g.to(d_rows.dtype), d_weight * g.to(d_weight.dtype), None, None, None, None

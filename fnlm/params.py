@@ -97,7 +97,7 @@ def init_std(name: str, shape: Shape, cfg: ModelConfig) -> float:
 
 
 def mup_lr_scale(cfg: ModelConfig, name: str) -> float:
-    """What muP multiplies Adam's learning rate by: base/in for matrices inside blocks, 1 elsewhere (Yang et al. 2022, table 8)."""
+    """What muP multiplies Adam's rate by: base/in for matrices in blocks, else 1 (Yang et al. 2022, table 8)."""
     if cfg.init != "mup" or not is_matrix(name) or not name.startswith("blocks."):
         return 1.0
     return cfg.mup_base / dict(shapes(cfg))[name][1]
@@ -109,7 +109,7 @@ def is_norm(name: str) -> bool:
 
 
 def is_matrix(name: str) -> bool:
-    """Weights that multiply: every `.weight` that is no norm's; embeddings and the head too. The usual ones to decay."""
+    """Weights that multiply: every `.weight` that is no norm's, embeddings and head too; the usual ones to decay."""
     return name.endswith(".weight") and not is_norm(name)
 
 

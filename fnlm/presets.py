@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fnlm import optim
 from fnlm.config import ModelConfig, TrainConfig
@@ -10,53 +11,57 @@ from fnlm.params import is_hidden_matrix, is_matrix, mup_lr_scale
 from fnlm.types import Transform
 
 
-def _gpt2(n_layers: int, n_heads: int, d_model: int) -> ModelConfig:
-    """Radford et al. 2019, table 2: learned positions, tanh GELU, biases, a tied head."""
-    return ModelConfig(vocab_size=50257, n_layers=n_layers, n_heads=n_heads, d_model=d_model, seq_len=1024, mlp="gelu-tanh", bias=True)  # fmt: skip
+def _model(v: int, layers: int, heads: int, d: int, t: int, **rest: Any) -> ModelConfig:
+    return ModelConfig(vocab_size=v, n_layers=layers, n_heads=heads, d_model=d, seq_len=t, **rest)
 
+
+_GPT2: Any = {"mlp": "gelu-tanh", "bias": True}  # Radford et al. 2019; learned positions, tied head: the defaults
+_LLAMA: Any = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope"}  # Touvron et al. 2023
+# What learns fastest per second at small sizes: docs/design.md has the measurements.
+_FAST: Any = {
+    "norm_affine": False, "embed_norm": True, "qk_norm": True, "mlp": "relu2", "positions": "rope",
+    "rope_theta": 1000.0, "tied": False, "init": "fan-in", "zero_init_out": True, "zero_init_head": True,
+}  # fmt: skip
+_DROP: Any = {"dropout_embed": 0.2, "dropout_attn": 0.2, "dropout_residual": 0.2}
 
 # fmt: off
 PRESETS: dict[str, ModelConfig] = {
-    # Ours: small enough to learn its world in minutes on a laptop.
-    "demo": ModelConfig(vocab_size=512, n_layers=4, n_heads=2, d_model=128, seq_len=128, mlp="relu2", positions="rope", norm="rmsnorm", norm_affine=False, qk_norm=True, tied=False, init="fan-in", zero_init_out=True, zero_init_head=True, embed_norm=True, ngrams=((2, 16384),)),
-    # The lowest loss on Tiny Shakespeare within a budget of seconds, and the same without n-gram embeddings.
-    "shakespeare-speedrun": ModelConfig(vocab_size=65, n_layers=5, n_heads=2, d_model=128, seq_len=128, mlp="relu2", positions="rope", rope_theta=1000.0, norm_affine=False, qk_norm=True, tied=False, init="fan-in", zero_init_out=True, zero_init_head=True, embed_norm=True, ngrams=((2, 4356), (3, 16384), (4, 65536))),
-    "shakespeare-speedrun-pure": ModelConfig(vocab_size=65, n_layers=5, n_heads=2, d_model=128, seq_len=128, mlp="relu2", positions="rope", rope_theta=1000.0, norm_affine=False, qk_norm=True, tied=False, init="fan-in", zero_init_out=True, zero_init_head=True, embed_norm=True),
-    # nanoGPT's two character models.
-    "shakespeare-char": ModelConfig(vocab_size=65, n_layers=6, n_heads=6, d_model=384, seq_len=256, dropout_embed=0.2, dropout_attn=0.2, dropout_residual=0.2),
-    "shakespeare-char-cpu": ModelConfig(vocab_size=65, n_layers=4, n_heads=4, d_model=128, seq_len=64),
-    # Ryan-GPT: 12,492,800 weights outside the norms.
-    "ryan-12m": ModelConfig(vocab_size=16000, n_layers=6, n_heads=5, d_model=320, seq_len=512, d_ff=1280, positions="rope"),
-    # OpenAI's four.
-    "gpt2": _gpt2(12, 12, 768),
-    "gpt2-medium": _gpt2(24, 16, 1024),
-    "gpt2-large": _gpt2(36, 20, 1280),
-    "gpt2-xl": _gpt2(48, 25, 1600),
-    # TinyStories-GPT: d_ff is two thirds of 4 d, as SwiGLU has three matrices.
-    "tinystories-100m": ModelConfig(vocab_size=100277, n_layers=12, n_heads=12, d_model=768, seq_len=1024, d_ff=2048, positions="rope", mlp="swiglu"),
-    # The Llama shape (Touvron et al. 2023, with grouped queries), at the size of SmolLM2-135M.
-    "llama-135m": ModelConfig(vocab_size=49152, n_layers=30, n_heads=9, n_kv_heads=3, d_model=576, seq_len=2048, d_ff=1536, norm="rmsnorm", mlp="swiglu", positions="rope", rope_theta=100000.0),
+    #                            vocab   L   H     D     T
+    "demo":              _model(   512,  4,  2,  128,  128, **_FAST, ngrams=((2, 16384),)),
+    "shakespeare-speedrun": _model( 65,  5,  2,  128,  128, **_FAST, ngrams=((2, 4356), (3, 16384), (4, 65536))),
+    "shakespeare-speedrun-pure": _model(65, 5, 2, 128, 128, **_FAST),
+    "shakespeare-char":  _model(    65,  6,  6,  384,  256, **_DROP),  # nanoGPT's two character models
+    "shakespeare-char-cpu": _model( 65,  4,  4,  128,   64),
+    "ryan-12m":          _model( 16000,  6,  5,  320,  512, d_ff=1280, positions="rope"),
+    "gpt2":              _model( 50257, 12, 12,  768, 1024, **_GPT2),
+    "gpt2-medium":       _model( 50257, 24, 16, 1024, 1024, **_GPT2),
+    "gpt2-large":        _model( 50257, 36, 20, 1280, 1024, **_GPT2),
+    "gpt2-xl":           _model( 50257, 48, 25, 1600, 1024, **_GPT2),
+    "tinystories-100m":  _model(100277, 12, 12,  768, 1024, d_ff=2048, positions="rope", mlp="swiglu"),
+    "llama-135m":        _model( 49152, 30,  9,  576, 2048, n_kv_heads=3, d_ff=1536, **_LLAMA, rope_theta=100000.0),
 }
 
+_T = TrainConfig
 TRAINING: dict[str, TrainConfig] = {
-    "demo": TrainConfig(steps=3000, batch_size=16, optimizer="muon", lr=4e-3, schedule="wsd", weight_decay=0.1),
-    "shakespeare-speedrun": TrainConfig(steps=1350, batch_size=16, optimizer="muon", lr=4e-3, muon_steps=4, schedule="wsd", decay_steps=810, warmup=27, weight_decay=0.1),
-    "shakespeare-char": TrainConfig(steps=5000, batch_size=64, lr=1e-3, min_lr=1e-4, warmup=100, b2=0.99),
-    "shakespeare-char-cpu": TrainConfig(steps=2000, batch_size=12, lr=1e-3, min_lr=1e-4, warmup=100, b2=0.99),
-    "ryan-12m": TrainConfig(steps=80_000, batch_size=32, micro_batches=2, lr=6e-4, min_lr=6e-5, warmup=2000),
-    "gpt2": TrainConfig(steps=600_000, batch_size=12, micro_batches=40, lr=6e-4, min_lr=6e-5, warmup=2000),
-    "tinystories-100m": TrainConfig(steps=100_000, batch_size=8, lr=3e-4, min_lr=3e-5, warmup=2000),
-    "llama-135m": TrainConfig(steps=100_000, batch_size=8, micro_batches=32, lr=3e-3, schedule="wsd", warmup=2000),
+    "demo": _T(steps=3000, batch_size=16, optimizer="muon", lr=4e-3, schedule="wsd"),
+    "shakespeare-speedrun": _T(steps=1350, batch_size=16, optimizer="muon", lr=4e-3, muon_steps=4, schedule="wsd",
+                               decay_steps=810, warmup=27),
+    "shakespeare-char": _T(steps=5000, batch_size=64, lr=1e-3, min_lr=1e-4, warmup=100, b2=0.99),
+    "shakespeare-char-cpu": _T(steps=2000, batch_size=12, lr=1e-3, min_lr=1e-4, warmup=100, b2=0.99),
+    "ryan-12m": _T(steps=80_000, batch_size=32, micro_batches=2, lr=6e-4, min_lr=6e-5, warmup=2000),
+    "gpt2": _T(steps=600_000, batch_size=12, micro_batches=40, lr=6e-4, min_lr=6e-5, warmup=2000),
+    "tinystories-100m": _T(steps=100_000, batch_size=8, lr=3e-4, min_lr=3e-5, warmup=2000),
+    "llama-135m": _T(steps=100_000, batch_size=8, micro_batches=32, lr=3e-3, schedule="wsd", warmup=2000),
 }
-TRAINING |= {"shakespeare-speedrun-pure": TRAINING["shakespeare-speedrun"]}
-TRAINING |= {name: TRAINING["gpt2"] for name in ("gpt2-medium", "gpt2-large", "gpt2-xl")}
+_LARGER = ("gpt2-medium", "gpt2-large", "gpt2-xl")
+TRAINING |= {"shakespeare-speedrun-pure": TRAINING["shakespeare-speedrun"], **dict.fromkeys(_LARGER, TRAINING["gpt2"])}
 
-_GPT2_FINETUNE = TrainConfig(steps=5000, batch_size=4, micro_batches=4, lr=1e-5, warmup=100, dropout=0.1)
 FINETUNING: dict[str, TrainConfig] = {
-    "demo": TrainConfig(steps=1000, batch_size=16, optimizer="muon", lr=1e-3, muon_lr=5e-3, schedule="linear"),
-    "ryan-12m": TrainConfig(steps=1000, batch_size=32, micro_batches=2, lr=3e-5, min_lr=3e-6, warmup=50),
-    **{name: _GPT2_FINETUNE for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    "demo": _T(steps=1000, batch_size=16, optimizer="muon", lr=1e-3, muon_lr=5e-3, schedule="linear"),
+    "ryan-12m": _T(steps=1000, batch_size=32, micro_batches=2, lr=3e-5, min_lr=3e-6, warmup=50),
+    "gpt2": _T(steps=5000, batch_size=4, micro_batches=4, lr=1e-5, warmup=100, dropout=0.1),
 }
+FINETUNING |= dict.fromkeys(_LARGER, FINETUNING["gpt2"])
 # fmt: on
 
 
@@ -76,12 +81,11 @@ def schedule_of(train: TrainConfig, peak: float) -> optim.Schedule:
 
 
 def optimizer_of(train: TrainConfig, cfg: ModelConfig) -> Transform:
-    """The optimizer that a TrainConfig names, for a model: decay on matrices, muP's rates where the model asks for them."""
+    """The optimizer that a TrainConfig names, for a model: decay on matrices, muP's rates where the model is muP."""
     lr, decay, clip = schedule_of(train, train.lr), train.weight_decay, train.clip
     if train.optimizer == "muon":
-        inner = optim.muon(
-            schedule_of(train, train.muon_lr), is_hidden_matrix, lr, steps=train.muon_steps, decay=decay, b1=train.b1, b2=train.b2, clip=clip
-        )  # fmt: skip
+        rate, b1, b2 = schedule_of(train, train.muon_lr), train.b1, train.b2
+        inner = optim.muon(rate, is_hidden_matrix, lr, steps=train.muon_steps, decay=decay, b1=b1, b2=b2, clip=clip)
     elif train.optimizer == "adamw":
         inner = optim.adamw(lr, train.b1, train.b2, decay=decay, mask=is_matrix, clip=clip)
     elif train.optimizer == "adam":

@@ -8,7 +8,7 @@ use: to draw twice, `split` it or `fold_in` a number first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -28,11 +28,10 @@ _ROUNDS = 10
 _MULTIPLIERS = 0xD2511F53 - (1 << 32), 0xCD9E8D57 - (1 << 32)
 _WEYL = 0x9E3779B9, 0xBB67AE85
 # Domains: the top four bits of the last counter word. No two of them ever share a counter.
-_SPLIT, _FOLD_IN, _BITS, _KEEP_MASK, _FEISTEL = (domain << 28 for domain in range(1, 6))
+_SPLIT, _FOLD_IN, _BITS, KEEP_MASK, _FEISTEL = (domain << 28 for domain in range(1, 6))
 # The intra-op thread pool hands out 32768 elements at a time: one such grain per thread is the smallest block that
 # keeps every thread busy, and its five int64 buffers stay in the cache.
-_GRAIN = 1 << 15
-_LANES = 8  # 16-bit decisions in one counter
+GRAIN = 1 << 15
 _FEISTEL_ROUNDS = 6
 _SMALL = 1024  # below this a sorted permutation is as cheap as a Feistel network, and exactly uniform
 _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -50,21 +49,21 @@ def philox(key: Key, counter: Sequence[Tensor]) -> Words:
 
     Philox-4x32-10, Salmon et al. 2011, section 3.3; agrees with the known-answer vectors of Random123.
     """
-    x0, x1, x2, x3 = _encrypt(_schedule(key), counter)
+    x0, x1, x2, x3 = encrypt(schedule(key), counter)
     return x0, x1 & _WORD, x2, x3 & _WORD
 
 
-def _schedule(key: Key, device: Device = None) -> Schedule:
-    """The ten round keys: the two words plus multiples of two Weyl constants."""
-    if key.shape != (2,):
-        raise ValueError(f"a key has shape (2,), not {tuple(key.shape)}; index the result of split, or vmap over it")
+def schedule(key: Key, device: Device = None) -> Schedule:
+    """The ten round keys of each key (..., 2): the two words plus multiples of two Weyl constants, (...) each."""
+    if key.shape[-1:] != (2,):
+        raise ValueError(f"a key has shape (2,) or (..., 2), not {tuple(key.shape)}")
     key = key.to(device=device)
     steps = torch.arange(_ROUNDS, device=key.device)
-    left, right = ((key[i] + steps * _WEYL[i]) & _WORD for i in (0, 1))
-    return list(zip(left.unbind(), right.unbind(), strict=True))
+    left, right = ((key[..., i, None] + steps * _WEYL[i]) & _WORD for i in (0, 1))
+    return list(zip(left.unbind(-1), right.unbind(-1), strict=True))
 
 
-def _encrypt(schedule: Schedule, counter: Sequence[Tensor]) -> Words:
+def encrypt(schedule: Schedule, counter: Sequence[Tensor]) -> Words:
     """Ten rounds; the second and fourth result carry rubbish above their 32 bits, which a shift or a mask removes.
 
     Words keep their own shapes until they meet, so that the first rounds of a grid of counters cost next to nothing;
@@ -79,22 +78,23 @@ def _encrypt(schedule: Schedule, counter: Sequence[Tensor]) -> Words:
     return x0, x1, x2, x3
 
 
-def _traced(*values: object) -> bool:
+def traced(*values: object) -> bool:
     """Whether someone watches (compile, vmap, grad): then no buffers are filled and no blocks are cut."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return torch.compiler.is_compiling() or any(isinstance(v, Tensor) and wrapped(v) for v in values)
 
 
 def split(key: Key, n: int = 2) -> Tensor:
-    """`n` new keys, (n, 2) int64; the first keys do not depend on `n`."""
+    """`n` new keys of each key: (..., 2) -> (..., n, 2) int64; the first keys do not depend on `n`."""
     index = torch.arange(n, device=key.device)
     zero = index.new_zeros(())
-    return torch.stack(philox(key, (index, zero, zero, zero + _SPLIT))[:2], -1)
+    return torch.stack(philox(key[..., None, :], (index, zero, zero, zero + _SPLIT))[:2], -1)
 
 
 def fold_in(key: Key, data: Index) -> Key:
     """A new key from a key and a number: a step, a layer, a name of a site. An int and a 0-d tensor give the same key.
 
+    Shapes broadcast: a key (2,) and numbers (n,), or keys (n, 2) and a number, give n keys, (n, 2).
     Pass what changes from step to step as a tensor: a compiled function is then compiled once.
     ValueError for an int outside [0, 2**63).
     """
@@ -117,19 +117,21 @@ def _draw(
     i // per_counter; the result does not depend on how the counters are cut into blocks."""
     n = math.prod(shape)
     counters = -(-n // per_counter)
-    schedule = _schedule(key, device)
-    at = schedule[0][0].device
+    if key.shape != (2,):
+        raise ValueError(f"a draw takes one key of shape (2,), not {tuple(key.shape)}; index it, or vmap over it")
+    keys = schedule(key, device)
+    at = keys[0][0].device
 
     def block(start: int, stop: int) -> Tensor:
         index = torch.arange(start, stop, device=at)
         zero = index.new_zeros(())
-        x0, x1, x2, x3 = _encrypt(schedule, (index, index >> 32, zero, zero + _BITS))
+        x0, x1, x2, x3 = encrypt(keys, (index, index >> 32, zero, zero + _BITS))
         return value((x0, x1 & _WORD, x2, x3 & _WORD)).to(dtype)
 
-    if _traced(key):
+    if traced(key):
         return block(0, counters).flatten()[:n].reshape(shape)
     out = torch.empty((counters, per_counter), dtype=dtype, device=at)
-    size = _GRAIN * torch.get_num_threads() if at.type == "cpu" else 1 << 22
+    size = GRAIN * torch.get_num_threads() if at.type == "cpu" else 1 << 22
     for start in range(0, counters, size):
         stop = min(start + size, counters)
         out[start:stop] = block(start, stop)
@@ -218,11 +220,11 @@ def randint(key: Key, shape: Sequence[int], low: int, high: int, device: Device 
 
 def permutation(key: Key, n: int, device: Device = None) -> Tensor:
     """The numbers 0 to n - 1 in random order, (n,) int64: a stable sort by 64 random bits, the same on every device."""
-    order = _draw(key, (n,), torch.int64, device, 2, _pack)
+    order = _draw(key, (n,), torch.int64, device, 2, pack)
     return torch.argsort(order, stable=True)
 
 
-def _pack(words: Words) -> Tensor:
+def pack(words: Words) -> Tensor:
     """Four words as two int64 (a new last dim), the even words low; rubbish above odd words is shifted out."""
     x0, x1, x2, x3 = words
     return torch.stack((x0 | (x1 << 32), x2 | (x3 << 32)), -1)
@@ -241,87 +243,22 @@ def shuffled_index(key: Key, n: int, i: Tensor) -> Tensor:
         raise ValueError(f"positions {int(i.min())} to {int(i.max())} are not all in range({n}); take them modulo n")
     if n <= _SMALL:
         return permutation(key, n, i.device)[i]
-    schedule = _schedule(key, i.device)
-    x = _feistel(schedule, n, i.flatten())
+    keys = schedule(key, i.device)
+    x = _feistel(keys, n, i.flatten())
     outside = (x >= n).nonzero().squeeze(-1)
     while outside.numel():
-        x[outside] = _feistel(schedule, n, x[outside])
+        x[outside] = _feistel(keys, n, x[outside])
         outside = outside[x[outside] >= n]
     return x.reshape(i.shape)
 
 
-def _feistel(schedule: Schedule, n: int, x: Tensor) -> Tensor:
+def _feistel(keys: Schedule, n: int, x: Tensor) -> Tensor:
     """One pass of a permutation of range(a * b), where n <= a * b < n + a: each half in turn is moved by a hash of the
     other."""
     a = math.isqrt(n - 1) + 1
     left, right, sides = x % a, x // a, (a, -(-n // a))
     zero = x.new_zeros(())
     for r in range(_FEISTEL_ROUNDS):
-        word = _encrypt(schedule, (right, zero + r, zero, zero + _FEISTEL))[0]
+        word = encrypt(keys, (right, zero + r, zero, zero + _FEISTEL))[0]
         left, right = right, (left + word) % sides[r % 2]
     return left + a * right
-
-
-def keep_mask(
-    key: Key,
-    p: float,
-    shape: Sequence[int],
-    offset: Sequence[Index] | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: Device = None,
-) -> Tensor:
-    """The dropout mask: 0 with probability p and otherwise 1 / (1 - p), to be multiplied with activations.
-
-    Up to four dims, such as (sample, position, feature) or (sample, head, query, key). An element is decided by its
-    global index (offset + local index; ints or 0-d tensors) alone, so that ranks that hold any parts of the batch, the
-    sequence, the heads or the features together hold one mask, without knowing the global shape.
-    A decision takes 16 bits: p is rounded to a multiple of 2**-16, and the scale is that of the rounded p, so that the
-    mean of the mask is 1. In bfloat16 the scale is itself rounded (1.109 for 1.111): prefer a float32 mask and round
-    the product. With dtype torch.bool the mask is not scaled. p = 0 gives ones. ValueError unless 0 <= p < 1, and for
-    more than four dims. Indices must stay below 2**32, and those of the first of four dims below 2**28.
-    """
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout p={p} must be at least 0 and less than 1")
-    if not 1 <= len(shape) <= 4 or len(offset or shape) != len(shape):
-        raise ValueError(f"shape {tuple(shape)} must have 1 to 4 dims, and offset {offset} as many")
-    drop = min(round(p * 2**16), 2**16 - 1)
-    if drop == 0:
-        return torch.ones(*shape, dtype=dtype, device=device or key.device)
-    schedule, cut, scale = _schedule(key, device), drop - 2**15, 2**16 / (2**16 - drop)
-    start = tuple(offset or [0] * len(shape))
-    if _traced(key, *start) or schedule[0][0].device.type != "cpu":
-        keep = _lanes(schedule, shape, start) >= cut
-        return keep if dtype == torch.bool else keep.to(dtype) * scale
-    out = torch.empty(*shape, dtype=dtype)
-    for part, begin in _blocks(out, start):
-        torch.ge(_lanes(schedule, part.shape, begin), cut, out=part)  # writes 0 and 1 of the mask's own dtype
-    return out if dtype == torch.bool else out.mul_(scale)
-
-
-def _blocks(out: Tensor, start: tuple[Index, ...]) -> Iterator[tuple[Tensor, tuple[Index, ...]]]:
-    """Views of `out` that cover it, each at most a grain per thread, with the global index of their first element."""
-    dim = next((d for d, size in enumerate(out.shape[:-1]) if size > 1), None)
-    if dim is None or out.numel() <= _GRAIN * _LANES * torch.get_num_threads():
-        yield out, start
-        return
-    upper, lower = out.tensor_split(2, dim)
-    yield from _blocks(upper, start)
-    yield from _blocks(lower, (*start[:dim], start[dim] + upper.shape[dim], *start[dim + 1 :]))
-
-
-def _lanes(schedule: Schedule, shape: Sequence[int], start: Sequence[Index]) -> Tensor:
-    """Uniform int16 numbers at global indices: dims, from the last, are counter words; 8 columns share a counter."""
-    device, columns, column = schedule[0][0].device, shape[-1], start[-1]
-    skip = column % _LANES
-    reach = columns + (_LANES - 1 if isinstance(skip, Tensor) else skip)
-    sizes, firsts = [*shape[:-1], -(-reach // _LANES)], [*start[:-1], column // _LANES]
-    index = [
-        (torch.arange(size, device=device) + first).reshape(-1, *[1] * (len(sizes) - 1 - d))
-        for d, (size, first) in enumerate(zip(sizes, firsts, strict=True))
-    ]
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    x0, x1, x2, x3 = [*reversed(index), zero, zero, zero][:4]
-    lanes = _pack(_encrypt(schedule, (x0, x1, x2, x3 + _KEEP_MASK))).view(torch.int16).flatten(-2)
-    if isinstance(skip, Tensor):
-        return lanes[..., torch.arange(columns, device=device) + skip.to(device)]
-    return lanes[..., skip : skip + columns]

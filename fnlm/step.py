@@ -16,7 +16,7 @@ from torch import Tensor
 from fnlm import optim, random, tree
 from fnlm.config import Precision, did_you_mean
 from fnlm.forward import Use, identity
-from fnlm.types import Batch, Key, Params, Transform, TrainState, Tree
+from fnlm.types import Batch, Key, Params, TrainState, Transform, Tree
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Metrics = dict[str, Tensor]
@@ -30,10 +30,10 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is carried out: the dtype parameters compute in, how many pieces the batch goes through in, and donation.
+    """How a step is carried out: the dtype parameters compute in, the pieces a batch is cut into, and donation.
 
     Parameters rest in their own dtype (float32); they are cast once a step, and the loss is computed in float32.
-    `fp16` scales the loss, halves the scale at an overflow, skips that step, and doubles it after `scale_every` good steps.
+    `fp16` scales the loss; an overflow halves the scale and skips the step, `scale_every` good steps double it.
     """
 
     precision: Precision = "fp32"
@@ -155,9 +155,7 @@ def make_step(
             params, opt_state = apply(grads, state.opt_state, state.params)
         return TrainState(state.step + 1, params, opt_state, state.key), {"train/loss": value, **_norm(opt_state)}
 
-    def _scaled_step(
-        state: TrainState, batch: Batch | Sequence[Batch], key: Key
-    ) -> tuple[TrainState, Metrics]:
+    def _scaled_step(state: TrainState, batch: Batch | Sequence[Batch], key: Key) -> tuple[TrainState, Metrics]:
         scale, good, inner = state.opt_state
         value, grads = gradients(state.params, batch, key, scale)
         with torch.no_grad():

@@ -43,7 +43,7 @@ def flatten(tree: Tree) -> dict[str, Tensor]:
 
 
 def unflatten(flat: dict[str, Tensor], like: Tree, path: str = "") -> Tree:
-    """The inverse of `flatten`: a tree shaped as `like`, with the tensors of `flat`. Raises ValueError for a missing path."""
+    """The inverse of `flatten`: a tree shaped as `like`, with the tensors of `flat`; ValueError for a missing path."""
     if isinstance(like, Tensor):
         if path not in flat:
             raise ValueError(f"no tensor for {path!r}")

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "types",
     "tree",
-    "random | config | collectives | compiling | machine",
-    "attention < forward < losses | optim | sharding | tokenizers",
+    "random < dropout | config < overrides | collectives | compiling | machine",
+    "attention < mlp < forward < losses | optim | sharding | tokenizers",
     "params < presets | sampling | data | interop",
-    "step | generate | evaluate | checkpoint | lift",
+    "step | generate | evaluate | checkpoint | lift | budget",
     "loop | track | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names
     "cli | webui",

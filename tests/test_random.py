@@ -11,8 +11,9 @@ import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fnlm.dropout
 from fnlm import random
-from fnlm.random import keep_mask
+from fnlm.dropout import keep_mask
 
 KEY = random.key(20240607)
 DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -128,9 +129,11 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         "bits": lambda: random.bits(KEY, (2000,)),
         "normal": lambda: random.normal(KEY, (2000,)),
         "mask": lambda: keep_mask(KEY, 0.4, (3, 5, 7, 90), (9, 8, 7, 6)),
+        "rows": lambda: keep_mask(random.split(KEY, 5), 0.4, (5, 7, 90), (8, 6)),
     }
     whole = {name: draw() for name, draw in draws.items()}
-    monkeypatch.setattr(random, "_GRAIN", 16)
+    monkeypatch.setattr(random, "GRAIN", 16)
+    monkeypatch.setattr(fnlm.dropout, "GRAIN", 16)
     for name, draw in draws.items():
         torch.testing.assert_close(draw(), whole[name], rtol=1e-6 if name == "normal" else 0, atol=0)
 
@@ -162,8 +165,25 @@ def test_fold_in_refuses_what_no_int64_holds() -> None:
 
 
 def test_many_keys_are_not_a_key() -> None:
-    with pytest.raises(ValueError, match=r"a key has shape \(2,\), not \(3, 2\); index the result of split"):
+    with pytest.raises(ValueError, match=r"one key of shape \(2,\), not \(3, 2\); index it"):
         random.bits(random.split(KEY, 3), (2,))
+
+
+def test_many_keys_are_the_keys_one_by_one() -> None:
+    keys = random.split(KEY, 6)
+    assert torch.equal(random.split(keys, 4), torch.stack([random.split(key, 4) for key in keys]))
+    assert torch.equal(random.fold_in(keys, 7), torch.stack([random.fold_in(key, 7) for key in keys]))
+    numbers = torch.arange(5) * 2**33
+    assert torch.equal(random.fold_in(KEY, numbers), torch.stack([random.fold_in(KEY, i) for i in numbers]))
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (6, 5, 40), (6, 3, 5, 17)])
+def test_one_key_per_sample_masks_each_sample_by_itself(shape: tuple[int, ...]) -> None:
+    keys, offset = random.split(KEY, 6), (3, 2, 1)[: len(shape) - 1]
+    rows = [keep_mask(key, 0.4, shape[1:], offset) for key in keys]
+    assert torch.equal(keep_mask(keys, 0.4, shape, offset), torch.stack(rows))
+    with pytest.raises(ValueError, match="6 keys do not fit the first dimension"):
+        keep_mask(keys, 0.4, (5, *shape[1:]))
 
 
 def test_split_does_not_depend_on_how_many() -> None:
@@ -174,7 +194,7 @@ def test_domains_never_share_words() -> None:
     keys = [tuple(key.tolist()) for key in random.split(KEY, 500)]
     keys += [tuple(random.fold_in(KEY, i).tolist()) for i in range(500)]
     keys += [tuple(pair) for pair in random.bits(KEY, (500, 4))[:, :2].tolist()]
-    grid = random._pack(random.philox(KEY, [torch.arange(500), *torch.tensor([0, 0, random._KEEP_MASK])]))
+    grid = random.pack(random.philox(KEY, [torch.arange(500), *torch.tensor([0, 0, random.KEEP_MASK])]))
     mask_words = (grid[:, 0] & 0xFFFFFFFF, (grid[:, 0] >> 32) & 0xFFFFFFFF)
     keys += [tuple(pair) for pair in torch.stack(mask_words, -1).tolist()]
     assert len(set(keys)) == 2000
