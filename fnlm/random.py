@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fnlm.types import Key
 Words: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 Schedule: TypeAlias = list[tuple[Tensor, Tensor]]
 Index: TypeAlias = int | Tensor
+W = TypeVar("W", int, Tensor)
 Device: TypeAlias = torch.device | str | None
 
 _WORD = 0xFFFFFFFF
@@ -63,8 +64,9 @@ def schedule(key: Key, device: Device = None) -> Schedule:
     return list(zip(left.unbind(-1), right.unbind(-1), strict=True))
 
 
-def encrypt(schedule: Schedule, counter: Sequence[Tensor]) -> Words:
-    """Ten rounds; the second and fourth result carry rubbish above their 32 bits, which a shift or a mask removes.
+def encrypt(schedule: Sequence[tuple[W, W]], counter: Sequence[W]) -> tuple[W, W, W, W]:
+    """Ten rounds, on tensors or single numbers; the second and fourth result carry rubbish above their 32 bits, which
+    a shift or a mask removes.
 
     Words keep their own shapes until they meet, so that the first rounds of a grid of counters cost next to nothing;
     after four rounds each has met all the others.
@@ -100,9 +102,26 @@ def fold_in(key: Key, data: Index) -> Key:
     """
     if isinstance(data, int) and not 0 <= data < 1 << 63:
         raise ValueError(f"cannot fold in {data}: choose a number in [0, 2**63)")
+    if _single(key, data):
+        # Ten rounds on Python's numbers take 20 us, on 0-d tensors 200: a twentieth of a small model's step.
+        number = int(data)
+        words = encrypt(_int_schedule(key), (number & _WORD, number >> 32, 0, _FOLD_IN))
+        return torch.tensor([words[0], words[1] & _WORD])
     value = torch.as_tensor(data, dtype=torch.int64, device=key.device)
     zero = torch.zeros_like(value)
     return torch.stack(philox(key, (value, value >> 32, zero, zero + _FOLD_IN))[:2], -1)
+
+
+def _single(key: Key, data: Index) -> bool:
+    """Whether this is one key and one number at hand: neither traced nor on another device."""
+    numbers = [key, data] if isinstance(data, Tensor) else [key]
+    here = all(x.device.type == "cpu" for x in numbers) and not traced(*numbers)
+    return here and key.shape == (2,) and (isinstance(data, int) or data.ndim == 0)
+
+
+def _int_schedule(key: Key) -> list[tuple[int, int]]:
+    k0, k1 = key.tolist()
+    return [((k0 + i * _WEYL[0]) & _WORD, (k1 + i * _WEYL[1]) & _WORD) for i in range(_ROUNDS)]
 
 
 def _draw(

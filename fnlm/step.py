@@ -128,8 +128,8 @@ def _pieces(batch: Batch | Sequence[Batch], n: int) -> list[Batch]:
 
 def _sample_keys(key: Key | None, pieces: list[Batch]) -> list[Key | None]:
     """One key per row of the whole batch, so that a row's dropout does not depend on how the batch is cut."""
-    if key is None:
-        return [None] * len(pieces)
+    if key is None or len(pieces) == 1:
+        return [key] * len(pieces)  # the forward makes the same keys where it needs them
     sizes = [p.tokens.shape[0] for p in pieces]
     return list(random.fold_in(key, torch.arange(sum(sizes), device=key.device)).split(sizes))
 
