@@ -3,7 +3,7 @@
 from fnlm import optim, random, tree
 from fnlm.config import Compute, ModelConfig, TrainConfig, override
 from fnlm.forward import forward
-from fnlm.lift import as_module, from_module
+from fnlm.lift import as_module, from_module, from_stateful_module, stack
 from fnlm.losses import cross_entropy, lm_loss, make_lm_loss
 from fnlm.machine import tune_cpu
 from fnlm.params import count, flops_per_token, init_params, is_hidden_matrix, is_matrix, mup_lr_scale, shapes
@@ -34,6 +34,7 @@ __all__ = [
     "fold_in",
     "forward",
     "from_module",
+    "from_stateful_module",
     "init_params",
     "init_state",
     "is_hidden_matrix",
@@ -48,6 +49,7 @@ __all__ = [
     "random",
     "shapes",
     "split",
+    "stack",
     "tree",
     "tune_cpu",
     "value_and_grad",

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fnlm.config import Kernels, ModelConfig
 from fnlm.dropout import dropout
+from fnlm.kernels import needs_plain, once_differentiable
 from fnlm.types import Key
 
 BLOCK = 256  # queries at a time on a CPU; the best of 128, 256 and 512 for T up to 1024
@@ -76,11 +76,6 @@ def attention(
 def scale(cfg: ModelConfig) -> float:
     """K^-1/2; under muP 8/K, the same at K = 64 (Yang et al. 2022, definition 4.1)."""
     return 8 / cfg.head_dim if cfg.init == "mup" else 1 / math.sqrt(cfg.head_dim)
-
-
-def needs_plain(compiling_too: bool = True) -> bool:
-    """Whether a torch.func transform is active (or a graph is being traced), under which hand-written kernels fail."""
-    return (compiling_too and torch.compiler.is_compiling()) or torch._C._functorch.maybe_current_level() is not None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -30,13 +30,13 @@ def ours(job: Job, weights: Weights | None) -> Recipe:
     from fnlm import optim, random
     from fnlm.config import Compute, ModelConfig
     from fnlm.losses import make_lm_loss
-    from fnlm.machine import tune_cpu
+    from fnlm.machine import route_fp32_to_onednn
     from fnlm.params import init_params
     from fnlm.step import Plan, init_state, make_step
     from fnlm.types import Batch
 
-    if job["device"] == "cpu":
-        tune_cpu()
+    if job["device"] == "cpu" and job["precision"] == "fp32":
+        route_fp32_to_onednn()
     sizes = {k: v for k, v in job["shape"].items() if k != "batch_size"}
     cfg = ModelConfig(**sizes, norm="layernorm", mlp="gelu", positions="learned", tied=True, bias=False)
     params = init_params(cfg, random.key(SEED))

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fnlm.attention import needs_plain
 from fnlm.collectives import LOCAL, Axes, pmax, psum
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
 from fnlm.forward import Use, first_row, head_weight, hidden, identity, shape_logits, unembed
+from fnlm.kernels import needs_plain, once_differentiable
 from fnlm.types import Batch, Key, Params
 
 MIN_CHUNK = 256  # rows: each chunk reads and adds the whole dW (V, D) once more; fewer rows cost more than they save
@@ -35,7 +34,7 @@ def lm_loss(
     """The mean cross-entropy of a batch in nats per weighted token, 0-d float32 (float64 for float64 parameters).
 
     Fused with the head; plain operations under torch.func transforms and on a split vocabulary. Twice differentiable
-    under torch.func; torch.autograd's own double backward is refused by the fused kernel: use `cross_entropy` there.
+    under torch.func; torch.autograd with create_graph=True needs Compute(kernels="plain"): fused kernels refuse it.
     """
     x, root = hidden(params, batch.tokens, cfg, key=key, use=use, axes=axes, compute=compute)
     weight = head_weight(root, cfg)
@@ -143,7 +142,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_rows, d_weight = ctx.saved_tensors
-        return d_rows * g.to(d_rows.dtype), d_weight * g.to(d_weight.dtype), None, None, None, None
+        if g.device.type != "cpu" or g != 1:  # on a CPU looking is free, and a pass over d_weight is not
+            d_rows, d_weight = d_rows * g.to(d_rows.dtype), d_weight * g.to(d_weight.dtype)
+        return d_rows, d_weight, None, None, None, None
 
 
 def _nll_into_grad_(raw: Tensor, targets: Tensor, shares: Tensor, cfg: ModelConfig) -> Tensor:

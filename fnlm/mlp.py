@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fnlm.attention import BLOCK, needs_plain
+from fnlm.attention import BLOCK
 from fnlm.collectives import Axes, psum, pvary
 from fnlm.config import Kernels, Mlp, ModelConfig
+from fnlm.kernels import needs_plain, once_differentiable
 from fnlm.types import Params
 
 

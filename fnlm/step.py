@@ -12,10 +12,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fnlm import optim, random, tree
 from fnlm.config import Precision, did_you_mean
 from fnlm.forward import Use, identity
+from fnlm.machine import keep_freed_memory
 from fnlm.types import Batch, Key, Params, TrainState, Transform, Tree
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,7 +25,10 @@ Metrics = dict[str, Tensor]
 
 
 class Loss(Protocol):
-    """What is minimised: loss(params, batch, key, use) -> 0-d mean over the batch's weighted tokens."""
+    """What is minimised: loss(params, batch, key, use) -> 0-d mean over the batch's weighted tokens.
+
+    `key` is (2,), or (B, 2), one per row, where the batch is cut into micro-batches: `forward` takes both.
+    """
 
     def __call__(self, params: Params, batch: Batch, key: Key | None, use: Use, /) -> Tensor: ...
 
@@ -33,12 +38,14 @@ class Plan:
     """How a step is carried out: the dtype parameters compute in, the pieces a batch is cut into, and donation.
 
     Parameters rest in their own dtype (float32); they are cast once a step, and the loss is computed in float32.
+    `keep_memory`: on a CPU, the first step calls `fnlm.machine.keep_freed_memory`, which holds for the whole process.
     `fp16` scales the loss; an overflow halves the scale and skips the step, `scale_every` good steps double it.
     """
 
     precision: Precision = "fp32"
     micro_batches: int = 1
     donate: bool = True
+    keep_memory: bool = True
     use: Use = identity
     scale_every: int = 2000
 
@@ -80,14 +87,14 @@ def value_and_grad(loss: Loss, plan: Plan = Plan()) -> Callable[..., tuple[Tenso
     ) -> tuple[Tensor, Params]:
         pieces = _pieces(batch, plan.micro_batches)
         keys = _sample_keys(key, pieces)
-        live = _leaves(params, DTYPES[plan.precision])
         if len(pieces) == 1:
-            return _one(loss, live, pieces[0], keys[0], plan.use, scale)
+            return _one(loss, _live(params, plan.precision), pieces[0], keys[0], plan.use, scale)
+        shared = _live(params, plan.precision)
         total = torch.stack([p.weights.sum() for p in pieces]).sum().clamp(min=torch.finfo(torch.float32).tiny)
         value, grads = torch.zeros(()), {k: torch.zeros_like(v, dtype=_wide(v.dtype)) for k, v in params.items()}
         for piece, k in zip(pieces, keys, strict=True):
             share = piece.weights.sum() / total
-            part, part_grads = _one(loss, live, piece, k, plan.use, share if scale is None else share * scale)
+            part, part_grads = _one(loss, dict(shared), piece, k, plan.use, share if scale is None else share * scale)
             value = value + part * share
             for name in grads:
                 grads[name] += part_grads.pop(name)
@@ -99,18 +106,29 @@ def value_and_grad(loss: Loss, plan: Plan = Plan()) -> Callable[..., tuple[Tenso
 def _one(
     loss: Loss, live: Params, batch: Batch, key: Key | None, use: Use, scale: Tensor | None
 ) -> tuple[Tensor, Params]:
+    """The loss and gradients of one piece; `live` is emptied: the backward pass then frees a copy after its last use."""
     value = loss(live, batch, key, use)
     if value.ndim:
         raise ValueError(f"a loss is one number, this one has shape {tuple(value.shape)}; take its mean")
+    edges = {k: get_gradient_edge(x) for k, x in live.items()}
+    empty = {k: (x.shape, x.dtype, x.device) for k, x in live.items()}
+    live.clear()
     target = value if scale is None else value * scale
-    grads = torch.autograd.grad(target, list(live.values()), materialize_grads=True)
-    return value.detach(), dict(zip(live, grads, strict=True))
+    grads = dict(zip(edges, torch.autograd.grad(target, list(edges.values()), allow_unused=True), strict=True))
+    for name, (shape, dtype, device) in empty.items():
+        if grads[name] is None:  # the loss does not depend on it
+            grads[name] = torch.zeros(shape, dtype=dtype, device=device)
+    return value.detach(), grads
 
 
-def _leaves(params: Params, dtype: torch.dtype) -> Params:
-    """What autograd differentiates: the parameters themselves, or one low-precision copy of them all."""
-    same = dtype == torch.float32  # float64 parameters stay float64, for proofs
-    return {k: (v.detach() if same else v.detach().to(dtype)).requires_grad_() for k, v in params.items()}
+def _live(params: Params, precision: Precision) -> Params:
+    """What autograd differentiates: the parameters themselves, or one low-precision copy of them all.
+
+    A copy is no leaf, as a leaf would live to the end of the backward pass.
+    """
+    dtype = DTYPES[precision]
+    own = {k: v.detach().requires_grad_() for k, v in params.items()}  # float64 parameters stay float64, for proofs
+    return own if dtype == torch.float32 else {k: v.to(dtype) for k, v in own.items()}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -146,7 +164,13 @@ def make_step(
     gradients = value_and_grad(loss, plan)
     apply = _donated(optimizer) if plan.donate else _pure(optimizer)
 
+    unkept = plan.keep_memory
+
     def step(state: TrainState, batch: Batch | Sequence[Batch]) -> tuple[TrainState, Metrics]:
+        nonlocal unkept
+        if unkept and all(p.device.type == "cpu" for p in state.params.values()):
+            keep_freed_memory()
+        unkept = False
         key = random.fold_in(state.key, state.step)
         if isinstance(state.opt_state, LossScale):
             return _scaled_step(state, batch, key)

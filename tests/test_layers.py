@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "types",
     "tree",
-    "random < dropout | config < overrides | collectives | compiling | machine",
+    "random < dropout | config < overrides | collectives | compiling | kernels | machine",
     "attention < mlp < forward < losses | optim | sharding | tokenizers",
     "params < presets | sampling | data | interop",
     "step | generate | evaluate | checkpoint | lift | budget",

@@ -49,12 +49,7 @@ def test_nothing_has_to_be_switched_under_a_transform(kernels: Any) -> None:
         torch.testing.assert_close(got, want[name])
 
 
-# once_differentiable refuses only where the incoming gradient itself has a graph, and torch.autograd.grad(inputs=...)
-# walks around its error: the terms that pass through the kernel's own inputs are then missing from the result.
-SILENT = pytest.mark.xfail(strict=True, reason="the fast kernels' backward does not refuse create_graph=True")
-
-
-@pytest.mark.parametrize("kernels", [pytest.param("auto", marks=SILENT), "sdpa"])
+@pytest.mark.parametrize("kernels", ["auto", "sdpa"])
 def test_a_second_derivative_of_a_fast_kernel_is_refused_or_right(kernels: Any) -> None:
     def second(compute: fnlm.Compute) -> tuple[torch.Tensor, ...]:
         params = fnlm.init_params(CFG, fnlm.key(0), dtype=torch.float64)

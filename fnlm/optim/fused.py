@@ -6,7 +6,7 @@ of tensors; AdamW is one kernel, with the clip inside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from fnlm.optim.scale import ScaleBySchedule
 from fnlm.tree import size
 from fnlm.types import Params, Transform, Tree
 
+SLICE = 4 << 20  # elements of one tensor whose gradient is converted at a time
 InPlace: TypeAlias = Callable[[Params, Tree, Params], Tree]
 """(grads, state, params) -> state; all three are donated."""
 
@@ -77,7 +78,9 @@ def _run(plan: Plan, grads: Params, state: Tree, params: Params) -> Tree:
 def _norm(clip: Clip, grads: Params) -> Tensor:
     if clip.rule.norm is not global_norm or not clip.names:
         return clip.rule.norm({k: grads[k] for k in clip.names})
-    mine = [grads[k] for k in clip.names]
+    # in slices, as the norm of a bfloat16 tensor makes a float32 copy of it
+    whole = [grads[k] for k in clip.names]
+    mine = [x for g in whole for x in (g.reshape(-1).split(SLICE) if g.numel() > SLICE else (g,))]
     norms = torch._foreach_norm(mine, 2, torch.promote_types(mine[0].dtype, torch.float32))
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
@@ -103,10 +106,13 @@ def _run_chunk(
     rule: Any, chunk: Chunk, grads: Params, own: Any, params: Params, rate: float, divisor: Tensor | None
 ) -> None:
     ps = [params[k] for k in chunk.names]
-    gs = [_cast(grads.pop(k), ps[0].dtype) for k in chunk.names]
+    gs = [grads.pop(k) for k in chunk.names]
     if isinstance(rule, ScaleByAdam) and _has_kernel(chunk, own, ps[0]):
-        _adamw_(rule, chunk, own, ps, gs, rate, divisor)
+        mus, nus = [own.mu[k] for k in chunk.names], [own.nu[k] for k in chunk.names]
+        for piece in _pieces(ps, gs, mus, nus):
+            _adamw_(rule, chunk, int(own.count) + 1, piece, rate, divisor)
         return
+    gs = [_cast(g, ps[0].dtype) for g in gs]
     _prepare_(gs, ps, chunk, divisor)
     us = rule.update_(chunk.names, gs, own) if rule else gs
     _add_(ps, us, rate * chunk.gain, rate * chunk.decay)
@@ -134,24 +140,35 @@ def _has_kernel(chunk: Chunk, own: AdamState, p: Tensor) -> bool:
     return own.mu[chunk.names[0]].dtype == p.dtype and p.device.type in ("cpu", "cuda")
 
 
+def _pieces(*columns: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Parameters, gradients and moments; one large tensor a slice at a time, to keep its float32 gradient small."""
+    first, n = columns[0][0], columns[0][0].numel()
+    if len(columns[0]) > 1 or n <= SLICE or not all(x.is_contiguous() for (x,) in columns):
+        yield columns
+        return
+    for i in range(0, first.numel(), SLICE):
+        yield tuple([x.view(-1)[i : i + SLICE]] for (x,) in columns)
+
+
 def _adamw_(
     rule: ScaleByAdam,
     chunk: Chunk,
-    own: AdamState,
-    ps: list[Tensor],
-    gs: list[Tensor],
+    count: int,
+    piece: tuple[list[Tensor], ...],
     rate: float,
     divisor: Tensor | None,
 ) -> None:
+    ps, gs, mus, nus = piece
+    gs = [_cast(g, ps[0].dtype) for g in gs]
     if chunk.l2 or ps[0].dtype != torch.float32:  # the kernel reads the divisor as float32 and before any l2
         _prepare_(gs, ps, chunk, divisor)
         divisor = None
     decay = chunk.decay / chunk.gain if chunk.gain else 0.0
     if chunk.decay and not chunk.gain:
         torch._foreach_mul_(ps, 1 + rate * chunk.decay)
-    step = torch.full((), float(int(own.count) + 1), device=ps[0].device)
+    step = torch.full((), float(count), device=ps[0].device)
     torch._fused_adamw_(
-        ps, gs, [own.mu[k] for k in chunk.names], [own.nu[k] for k in chunk.names], [], [step] * len(ps),
+        ps, gs, mus, nus, [], [step] * len(ps),
         lr=-rate * chunk.gain, beta1=rule.b1, beta2=rule.b2, weight_decay=decay, eps=rule.eps,
         amsgrad=False, maximize=False, grad_scale=divisor,
         found_inf=None if divisor is None else torch.zeros_like(divisor),
