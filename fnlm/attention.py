@@ -35,10 +35,14 @@ class Span(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What positions mean to every block, made once: RoPE's cos and signed sin (T, R) or None, and the spans."""
+    """What positions mean to every block, made once: RoPE's cos and signed sin (T, R) or None, and the spans.
+
+    `first_head` is the global number of the first query head computed here.
+    """
 
     rotation: Rotation | None
     spans: tuple[Span, ...]
+    first_head: int
 
 
 def attention(
@@ -48,12 +52,11 @@ def attention(
     places: Places,
     kernels: Kernels = "auto",
     key: Key | None = None,
-    first_head: int = 0,
 ) -> Tensor:
     """softmax(q k^T scale + bias) v over earlier positions (Vaswani et al. 2017, 3.2): (B, T, A, K) -> (B, T, H K).
 
     `heads` = (n_q, n_kv): the first n_q heads of `qkv` are queries, then n_kv keys and n_kv values; each key serves
-    n_q / n_kv queries. `key` (B, 2) draws dropout; `first_head` is the global number of the first query head.
+    n_q / n_kv queries. `key` (B, 2) draws dropout.
     """
     n_q, n_kv = heads
     if key is not None and cfg.dropout_attn:
@@ -69,7 +72,7 @@ def attention(
     if (kernels == "sdpa" or (kernels == "auto" and q.is_cuda)) and not needs_plain(compiling_too=False):
         y = _sdpa(q, k, v, cfg, places)
     else:
-        y = _plain(q, k, v, cfg, places, key, first_head)
+        y = _plain(q, k, v, cfg, places, key)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -93,34 +96,38 @@ def alibi_slopes(n_heads: int, device: torch.device) -> Tensor:
         return [2 ** (-8 * (i + 1) / n) for i in range(n)]
 
     n = 2 ** int(math.log2(n_heads))
-    return torch.tensor(series(n) + series(2 * n)[0::2][: n_heads - n], device=device)
+    slopes = series(n) + series(2 * n)[0::2][: n_heads - n]
+    return torch.tensor(slopes, dtype=torch.float64, device=device)
 
 
-def spans_of(t: int, cfg: ModelConfig, like: Tensor, block: int | None = None) -> tuple[Span, ...]:
-    """T queries and keys, cut into blocks of queries (None: one), with biases of the dtype and device of `like`."""
+def spans_of(t: int, cfg: ModelConfig, like: Tensor, block: int | None, heads: slice) -> tuple[Span, ...]:
+    """T queries and keys, cut into blocks of queries (None: one), with biases of the dtype and device of `like`.
+
+    `heads`: those of all query heads that are computed here.
+    """
     size = block or t
     starts = [(i, min(i + size, t), max(0, i + 1 - cfg.window) if cfg.window else 0) for i in range(0, t, size)]
-    return tuple(Span(slice(i, j), slice(k, j), _bias(range(i, j), range(k, j), cfg, like)) for i, j, k in starts)
+    return tuple(
+        Span(slice(i, j), slice(k, j), _bias(range(i, j), range(k, j), cfg, like, heads)) for i, j, k in starts
+    )
 
 
-def _bias(queries: range, keys: range, cfg: ModelConfig, like: Tensor) -> Tensor:
+def _bias(queries: range, keys: range, cfg: ModelConfig, like: Tensor, heads: slice) -> Tensor:
     """-inf where a key is later than the query or out of the window; ALiBi's slope times the distance."""
     at = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
     distance = at - torch.arange(keys.start, keys.stop, device=like.device)
     hidden = (distance < 0) if cfg.window is None else (distance < 0) | (distance >= cfg.window)
     bias = torch.zeros(1, *distance.shape, dtype=like.dtype, device=like.device)
     if cfg.positions == "alibi":
-        bias = (-alibi_slopes(cfg.n_heads, like.device)[:, None, None] * distance).to(like.dtype)
+        bias = (-alibi_slopes(cfg.n_heads, like.device)[heads, None, None] * distance).to(like.dtype)
     return bias.masked_fill(hidden, -torch.inf)
 
 
-def _plain(
-    q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places, key: Key | None, first_head: int
-) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places, key: Key | None) -> Tensor:
     out = []
     for rows, cols, bias in places.spans:
         probs = (q[:, :, rows] * scale(cfg) @ k[:, :, cols].mT + bias).softmax(-1)
-        probs = dropout(probs, cfg.dropout_attn, key, (first_head, rows.start, cols.start))
+        probs = dropout(probs, cfg.dropout_attn, key, (places.first_head, rows.start, cols.start))
         out.append(probs @ v[:, :, cols])
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
@@ -138,7 +145,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_q: int, n_kv: int, cfg: ModelConfig, places: Places) -> Tensor:
         b, t, _, k_dim = qkv.shape
-        heads = qkv.permute(2, 0, 1, 3).contiguous()
+        heads = qkv.permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
         if places.rotation is not None:
             heads[: n_q + n_kv] = rotate(heads[: n_q + n_kv], *places.rotation)
         q, k, v = _three(heads, n_q, n_kv)

@@ -19,17 +19,19 @@ def compiled(fn: Callable[..., R]) -> Callable[..., R]:
 
     An error that `fn` itself raises comes out as it is: the eager call is made before compilation is blamed.
     """
-    fast: Callable[..., R] | None = torch.compile(fn, dynamic=False)
+    fast: Callable[..., R] | None = fn
+    tried = False
 
     @wraps(fn)
-    def call(*args: Any) -> R:
-        nonlocal fast
+    def call(*args: Any, **kwargs: Any) -> R:
+        nonlocal fast, tried
         if fast is None:
-            return fn(*args)
+            return fn(*args, **kwargs)
         try:
-            return fast(*args)
+            fast, tried = fast if tried else torch.compile(fn, dynamic=False), True
+            return fast(*args, **kwargs)
         except Exception as why:  # noqa: BLE001  whatever a compiler throws, the eager call below decides
-            result = fn(*args)
+            result = fn(*args, **kwargs)
             fast = None
             name, reason = getattr(fn, "__name__", "function"), next(iter(str(why).strip().splitlines()), "")
             log.warning("compile: %s runs eagerly (%s: %s)", name, type(why).__name__, reason)

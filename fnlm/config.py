@@ -83,6 +83,8 @@ class ModelConfig:
         self._check_head()
 
     def _check_positions(self) -> None:
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps={self.norm_eps} must be positive; the usual value is 1e-5")
         if self.positions == "rope" and (self.rope_dim % 2 or not 2 <= self.rope_dim <= self.head_dim):
             raise ValueError(
                 f"rope rotates pairs, but rope_fraction={self.rope_fraction} of d_head={self.head_dim} is "
@@ -120,7 +122,7 @@ class ModelConfig:
     @property
     def rope_dim(self) -> int:
         """How many dimensions of each head RoPE rotates."""
-        return int(self.head_dim * self.rope_fraction)
+        return round(self.head_dim * self.rope_fraction)
 
     @property
     def has_dropout(self) -> bool:
@@ -205,8 +207,9 @@ def override(config: C, **changes: Any) -> C:
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """The end of an error message: the nearest known word, or all of them."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"
+    spelled = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), spelled, n=1)
+    return f"; did you mean {spelled[near[0]]!r}?" if near else f"; choose from {', '.join(known)}"
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fnlm import random
 from fnlm.attention import BLOCK, Places, attention, spans_of
-from fnlm.collectives import LOCAL, Axes, psum, pvary
+from fnlm.collectives import LOCAL, Axes, Axis, psum, pvary
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
 from fnlm.dropout import dropout
@@ -72,7 +72,7 @@ def hidden(
     keys = _site_keys(key, tokens.shape[0], cfg)
     root = use("root", groups["root"])
     x = embed(root, tokens, cfg, keys and keys[:2], axes)
-    places = places_of(tokens.shape[1], cfg, x, compute)
+    places = places_of(tokens.shape[1], cfg, x, compute, axes)
     run = compiled(_block) if compute.compile == "block" else _block
     for i in range(cfg.n_layers):
         name, mine = f"blocks.{i}", keys and keys[2 + 3 * i : 5 + 3 * i]
@@ -111,19 +111,23 @@ def _attend(
     qkv = rearrange(F.linear(pvary(x, axes.tensor), weight, bias), "B T (A K) -> B T A K", K=cfg.head_dim)
     if cfg.qk_norm:
         q, k, v = qkv.split([n_q, n_kv, n_kv], 2)
-        qkv = torch.cat([norm(p, "attn.q_norm", q, cfg), norm(p, "attn.k_norm", k, cfg), v], 2)
-    first_head = axes.tensor.index * -(-cfg.n_heads // axes.tensor.size) if axes.tensor else 0
-    y = attention(qkv, (n_q, n_kv), cfg, places, compute.kernels, key, first_head)
+        qkv = torch.cat(
+            [norm(p, "attn.q_norm", q, cfg, axes.tensor), norm(p, "attn.k_norm", k, cfg, axes.tensor), v], 2
+        )
+    y = attention(qkv, (n_q, n_kv), cfg, places, compute.kernels, key)
     out = psum(F.linear(y, p["attn.out.weight"]), axes.tensor)
     return out + p["attn.out.bias"] if cfg.bias else out
 
 
-def norm(p: Params, name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension."""
-    weight = p.get(f"{name}.weight")
+def norm(p: Params, name: str, x: Tensor, cfg: ModelConfig, axis: Axis | None = None) -> Tensor:
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension.
+
+    `axis`: x differs along it, and the weights do not.
+    """
+    weight, bias = (None if w is None else pvary(w, axis) for w in (p.get(f"{name}.weight"), p.get(f"{name}.bias")))
     if cfg.norm == "rmsnorm":
         return F.rms_norm(x, x.shape[-1:], weight, cfg.norm_eps)
-    return F.layer_norm(x, x.shape[-1:], weight, p.get(f"{name}.bias"), cfg.norm_eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, cfg.norm_eps)
 
 
 def embed(root: Params, tokens: Tensor, cfg: ModelConfig, keys: list[Tensor] | None, axes: Axes) -> Tensor:
@@ -146,6 +150,8 @@ def _rows(weight: Tensor, tokens: Tensor, vocab_size: int, axes: Axes) -> Tensor
     """Embedding rows; split over the tensor axis, each rank contributes the rows it holds."""
     if axes.tensor is None:
         return F.embedding(tokens, weight)
+    if not len(weight):
+        return psum(weight.sum(0).expand(*tokens.shape, -1), axes.tensor)
     mine = tokens - first_row(vocab_size, axes)
     here = (mine >= 0) & (mine < weight.shape[0])
     return psum(F.embedding(mine.where(here, 0), weight) * here[..., None], axes.tensor)
@@ -168,12 +174,15 @@ def ngram_ids(tokens: Tensor, order: int, rows: int, vocab_size: int) -> Tensor:
     return (((code ^ (code >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF) % rows
 
 
-def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute) -> Places:
+def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Axes = LOCAL) -> Places:
     """The position tables for T positions, made once for all blocks."""
     at = torch.arange(t, device=like.device)
     rotation = rope_table(at, cfg, like.dtype) if cfg.positions == "rope" else None
     blocked = compute.kernels != "sdpa" and not like.is_cuda
-    return Places(rotation, spans_of(t, cfg, like, BLOCK if blocked else None))
+    size = -(-cfg.n_heads // axes.tensor.size) if axes.tensor else cfg.n_heads
+    first_head = axes.tensor.index * size if axes.tensor else 0
+    spans = spans_of(t, cfg, like, BLOCK if blocked else None, slice(first_head, first_head + size))
+    return Places(rotation, spans, first_head)
 
 
 def rope_table(at: Tensor, cfg: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -79,11 +79,14 @@ def cross_entropy(
 
 def _split_nll(logits: Tensor, targets: Tensor, axes: Axes, vocab_size: int) -> Tensor:
     """-log p(target) where each rank of the tensor axis holds some columns (Shoeybi et al. 2019, 3)."""
+    if not logits.shape[-1]:  # no columns here: one that is never chosen stands in
+        logits = torch.cat([logits, logits.new_full((*logits.shape[:-1], 1), -torch.inf)], -1)
     mine = targets - first_row(vocab_size, axes)
     here = (mine >= 0) & (mine < logits.shape[-1])
     top = pmax(logits.amax(-1), axes.tensor)
     total = psum((logits - top[..., None]).exp().sum(-1), axes.tensor)
-    hit = psum(logits.gather(-1, mine.where(here, 0)[..., None])[..., 0] * here, axes.tensor)
+    chosen = logits.gather(-1, mine.where(here, 0)[..., None])[..., 0]
+    hit = psum(chosen.where(here, 0), axes.tensor)
     return total.log() + top - hit
 
 
@@ -102,7 +105,7 @@ def fused_cross_entropy(
     rows = x.flatten(0, -2)
     w = weights.flatten()
     w = w.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    loss: Tensor = _FusedCrossEntropy.apply(rows, weight, targets.flatten(), w / _total(w), cfg, chunks)[0]  # type: ignore[no-untyped-call]
+    loss: Tensor = _FusedCrossEntropy.apply(rows, weight, targets.flatten(), w / _total(w), cfg, chunks)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -116,35 +119,56 @@ def chunk_rows(n: int, row_bytes: int, chunks: int | None) -> int:
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        rows: Tensor, weight: Tensor, targets: Tensor, shares: Tensor, cfg: ModelConfig, chunks: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, shares: Tensor, cfg: ModelConfig, chunks: int | None
+    ) -> Tensor:
         """`shares` sum to 1 (or are all 0): the loss is their weighted sum."""
-        loss = shares.new_zeros(())
-        d_rows, d_weight = torch.empty_like(rows), torch.empty_like(weight)
-        step = chunk_rows(rows.shape[0], weight.shape[0] * weight.element_size(), chunks)
-        for lo in range(0, rows.shape[0], step):
-            part = slice(lo, lo + step)
-            d_logits = rows[part] @ weight.T  # logits, until the next line puts their gradient in their place
-            loss += _nll_into_grad_(d_logits, targets[part], shares[part], cfg)
-            torch.mm(d_logits, weight, out=d_rows[part])
-            if lo == 0:
-                torch.mm(d_logits.T, rows[part], out=d_weight)
-            else:
-                d_weight.addmm_(d_logits.T, rows[part])
-        return loss, d_rows, d_weight
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1], output[2])
-        ctx.save_for_backward(output[1], output[2])
+        ctx.save_for_backward(rows, weight, targets, shares)
+        ctx.cfg, ctx.chunks = cfg, chunks
+        loss, *ctx.ready = _loss_and_grads(rows, weight, targets, shares, cfg, chunks)
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_rows, d_weight = ctx.saved_tensors
-        if g.device.type != "cpu" or g != 1:  # on a CPU looking is free, and a pass over d_weight is not
-            d_rows, d_weight = d_rows * g.to(d_rows.dtype), d_weight * g.to(d_weight.dtype)
-        return d_rows, d_weight, None, None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        # Given away, as a copy of d_weight is the size of the embedding; a graph that was kept computes them again.
+        ready, ctx.ready = ctx.ready, None
+        rows, weight, targets, shares = ctx.saved_tensors
+        if ready is None:
+            ready = _loss_and_grads(rows, weight, targets, shares, ctx.cfg, ctx.chunks)[1:]
+        d_rows, d_weight, boost = ready
+        factor = g / boost
+        if factor.device.type != "cpu" or factor != 1:  # on a CPU looking is free, and a pass over d_weight is not
+            d_rows, d_weight = d_rows.mul_(factor), d_weight.mul_(factor)
+        return d_rows, d_weight.to(weight.dtype), None, None, None, None
+
+
+def _loss_and_grads(
+    rows: Tensor, weight: Tensor, targets: Tensor, shares: Tensor, cfg: ModelConfig, chunks: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and the gradients of rows and weight times `boost`.
+
+    In float16 a share of 1e-6 would underflow before any loss scale met it: there boost makes the largest share 1, and
+    the sum over rows is kept in float32.
+    """
+    half = rows.dtype == torch.float16
+    top = shares.max()
+    boost = torch.where(top > 0, 1 / top, 1) if half else torch.ones_like(top)
+    boosted = shares * boost
+    loss = shares.new_zeros(())
+    d_rows, d_weight = torch.empty_like(rows), torch.empty_like(weight, dtype=torch.float32 if half else weight.dtype)
+    step = chunk_rows(rows.shape[0], weight.shape[0] * weight.element_size(), chunks)
+    for lo in range(0, rows.shape[0], step):
+        part = slice(lo, lo + step)
+        d_logits = rows[part] @ weight.T  # logits, until the next line puts their gradient in their place
+        loss += _nll_into_grad_(d_logits, targets[part], boosted[part], cfg)
+        torch.mm(d_logits, weight, out=d_rows[part])
+        if half:
+            d_weight.copy_(d_logits.T @ rows[part]) if lo == 0 else d_weight.add_(d_logits.T @ rows[part])
+        elif lo == 0:
+            torch.mm(d_logits.T, rows[part], out=d_weight)
+        else:
+            d_weight.addmm_(d_logits.T, rows[part])
+    return loss / boost, d_rows, d_weight, boost
 
 
 def _nll_into_grad_(raw: Tensor, targets: Tensor, shares: Tensor, cfg: ModelConfig) -> Tensor:

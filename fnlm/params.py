@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 
@@ -58,16 +59,21 @@ def init_params(
 ) -> Params:
     """Fresh parameters: each tensor is drawn from its own key, so a name's values do not depend on the others."""
     out = {}
-    for i, (name, shape) in enumerate(shapes(cfg).items()):
-        std = init_std(name, shape, cfg)
+    for name, shape in shapes(cfg).items():
+        std, own = init_std(name, shape, cfg), random.fold_in(key, _number(name))
         if is_norm(name) and name.endswith(".weight"):
             x = torch.ones(shape, dtype=dtype)
         elif std == 0:
             x = torch.zeros(shape, dtype=dtype)
         else:
-            x = random.normal(random.fold_in(key, i), shape, dtype=dtype) * std
+            x = random.normal(own, shape, dtype=dtype) * std
         out[name] = x.to(device or x.device)
     return out
+
+
+def _number(name: str) -> int:
+    """A name as 63 bits."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 
 
 def init_std(name: str, shape: Shape, cfg: ModelConfig) -> float:

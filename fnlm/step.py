@@ -90,10 +90,11 @@ def value_and_grad(loss: Loss, plan: Plan = Plan()) -> Callable[..., tuple[Tenso
         if len(pieces) == 1:
             return _one(loss, _live(params, plan.precision), pieces[0], keys[0], plan.use, scale)
         shared = _live(params, plan.precision)
-        total = torch.stack([p.weights.sum() for p in pieces]).sum().clamp(min=torch.finfo(torch.float32).tiny)
-        value, grads = torch.zeros(()), {k: torch.zeros_like(v, dtype=_wide(v.dtype)) for k, v in params.items()}
-        for piece, k in zip(pieces, keys, strict=True):
-            share = piece.weights.sum() / total
+        parts = torch.stack([p.weights.sum(dtype=torch.float64) for p in pieces])
+        shares = parts / torch.where(parts.sum() > 0, parts.sum(), 1)
+        grads = {k: torch.zeros_like(v, dtype=_wide(v.dtype)) for k, v in params.items()}
+        value = torch.zeros((), dtype=max((g.dtype for g in grads.values()), key=lambda d: d.itemsize))
+        for piece, k, share in zip(pieces, keys, shares.to(value.dtype), strict=True):
             part, part_grads = _one(loss, dict(shared), piece, k, plan.use, share if scale is None else share * scale)
             value = value + part * share
             for name in grads:
@@ -106,7 +107,7 @@ def value_and_grad(loss: Loss, plan: Plan = Plan()) -> Callable[..., tuple[Tenso
 def _one(
     loss: Loss, live: Params, batch: Batch, key: Key | None, use: Use, scale: Tensor | None
 ) -> tuple[Tensor, Params]:
-    """The loss and gradients of one piece; `live` is emptied: the backward pass then frees a copy after its last use."""
+    """The loss and gradients of one piece; `live` is emptied, so that the backward pass frees copies as it goes."""
     value = loss(live, batch, key, use)
     if value.ndim:
         raise ValueError(f"a loss is one number, this one has shape {tuple(value.shape)}; take its mean")
@@ -137,6 +138,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _pieces(batch: Batch | Sequence[Batch], n: int) -> list[Batch]:
     if not isinstance(batch, Batch):
+        if not batch:
+            raise ValueError("a list of micro-batches is empty; give at least one Batch")
         return list(batch)
     rows = batch.tokens.shape[0]
     if rows % n:
