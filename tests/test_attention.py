@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fnlm
 from fnlm.attention import alibi_slopes, attention
+from fnlm.collectives import LOCAL
 from fnlm.forward import places_of
 from fnlm.params import shapes
 from tests import reference
@@ -20,7 +21,7 @@ from tests.reference import BASE, CASES, random_params, random_tokens, small_blo
 
 
 def run(qkv: Tensor, n_q: int, n_kv: int, cfg: fnlm.ModelConfig, kernels: Any, key: Tensor | None = None) -> Tensor:
-    places = places_of(qkv.shape[1], cfg, qkv, fnlm.Compute(kernels=kernels))
+    places = places_of(qkv.shape[1], cfg, qkv, fnlm.Compute(kernels=kernels), LOCAL)
     return attention(qkv, (n_q, n_kv), cfg, places, kernels, key)
 
 

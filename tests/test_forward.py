@@ -248,6 +248,24 @@ def test_embedding_dropout_zeroes_the_stated_part_and_scales_the_rest() -> None:
     close(x, y / y.square().mean(-1, keepdim=True).sqrt(), 1e-6)
 
 
+def test_ngram_dropout_takes_whole_rows_of_each_long_order_on_its_own() -> None:
+    """One feature for each order: which of them are 0 tells which rows were dropped."""
+    orders = {"norm_affine": False, "positions": "none", "seq_len": 200, "ngrams": ((2, 1), (3, 1), (4, 1))}
+    cfg = case("rmsnorm", **orders, dropout_ngram=0.25)
+    params = silent(cfg)
+    params["embed.tokens.weight"] = torch.zeros(11, 16, dtype=torch.float64)
+    for i, (order, _) in enumerate(cfg.ngrams):
+        params[f"embed.ngram{order}.weight"] = torch.eye(16, dtype=torch.float64)[i : i + 1]
+    x, _ = hidden(params, random_tokens(11, 8, 200), cfg, key=fnlm.key(5))
+    two, three, four = (x[..., :3] == 0).double().unbind(-1)
+    assert not two.any()
+    assert abs(float(three.mean()) - 0.25) < 0.03
+    assert abs(float(four.mean()) - 0.25) < 0.03
+    assert abs(float((three * four).mean()) - 0.0625) < 0.02
+    kept = (three + four) == 0
+    close(x[..., 1][kept] / x[..., 0][kept], torch.full_like(x[..., 0][kept], 1 / 0.75), 1e-6)
+
+
 @pytest.mark.parametrize("sites", [("dropout_attn",), ("dropout_residual",), tuple(DROPS)])
 def test_remat_is_the_same_function_with_and_without_dropout(sites: tuple[str, ...]) -> None:
     cfg = case("ngrams", **dict.fromkeys(sites, 0.3))
