@@ -1,17 +1,15 @@
-"""Causal attention by the fastest route that is right where it runs: one meaning, three kernels, the same numbers.
+"""Causal attention and what positions mean to it: one meaning, the same numbers by every route.
 
-    plain   torch operations only: any transform, any derivative, dropout, any device
-    sdpa    torch's flash kernel: the default on a GPU
-    fused   the default on a CPU, where flash is slow for short sequences and in bfloat16: queries in blocks that see
-            only the keys they may, the gradient by hand (autograd pads every slice of the keys to full length)
-
-Letters as in forward.py; A = H + 2 H_kv counts the heads of q, k and v together.
+Plain operations can be differentiated any number of times, under any transform, with dropout; torch's flash kernel is
+the default on a GPU. On a CPU flash is slow for short sequences and in bfloat16: there queries go in blocks that see
+only the keys they may, and `fnlm/sublayers.py` has their gradient by hand. Letters as in forward.py; A = H + 2 H_kv
+counts the heads of q, k and v together.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from fnlm.config import Kernels, ModelConfig
 from fnlm.dropout import dropout
-from fnlm.kernels import needs_plain, once_differentiable
+from fnlm.kernels import needs_plain
 from fnlm.types import Key
 
 BLOCK = 256  # queries at a time on a CPU; the best of 128, 256 and 512 for T up to 1024
@@ -61,9 +59,6 @@ def attention(
     n_q, n_kv = heads
     if key is not None and cfg.dropout_attn:
         kernels = "plain"
-    if kernels == "auto" and not qkv.is_cuda and not needs_plain():
-        out: Tensor = _Fused.apply(qkv, n_q, n_kv, cfg, places)  # type: ignore[no-untyped-call]
-        return out
     if places.rotation is not None:
         qk, v = qkv.split([n_q + n_kv, n_kv], 2)
         qkv = torch.cat([rotate(qk, *(x[:, None] for x in places.rotation)), v], 2)
@@ -137,75 +132,3 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places) -> 
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale(cfg))
     (span,) = places.spans
     return F.scaled_dot_product_attention(q, k, v, attn_mask=span.bias, scale=scale(cfg))
-
-
-class _Fused(torch.autograd.Function):
-    """Heads first: (A, B, T, K), so that q, k, v and their gradients are slices of one buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, n_q: int, n_kv: int, cfg: ModelConfig, places: Places) -> Tensor:
-        b, t, _, k_dim = qkv.shape
-        heads = qkv.permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
-        if places.rotation is not None:
-            heads[: n_q + n_kv] = rotate(heads[: n_q + n_kv], *places.rotation)
-        q, k, v = _three(heads, n_q, n_kv)
-        y = torch.empty_like(q)
-        kept = []
-        for span in places.spans:
-            probs = _probs(q, k, span, cfg)
-            if len(places.spans) == 1:
-                torch.bmm(probs, v, out=y)
-                kept.append(probs)
-            else:  # recomputed in the backward pass: 4 % more time at T = 512, and nothing of (T, T) is kept
-                y[:, span.rows] = probs @ v[:, span.cols]
-        ctx.save_for_backward(heads, *kept)
-        ctx.n_q, ctx.n_kv, ctx.cfg, ctx.places = n_q, n_kv, cfg, places
-        return y.view(n_q, b, t, k_dim).permute(1, 2, 0, 3).reshape(b, t, n_q * k_dim)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        heads, *kept = ctx.saved_tensors
-        n_q, n_kv, cfg, places = ctx.n_q, ctx.n_kv, ctx.cfg, ctx.places
-        b, t, k_dim = heads.shape[1:]
-        q, k, v = _three(heads, n_q, n_kv)
-        g = g.view(b, t, n_q, k_dim).permute(2, 0, 1, 3).reshape(n_q * b, t, k_dim)
-        d_heads = torch.empty_like(heads)
-        d_q, d_k, d_v = _three(d_heads, n_q, n_kv) if n_q == n_kv else (torch.empty_like(q) for _ in range(3))
-        if len(places.spans) > 1:
-            d_k.zero_(), d_v.zero_()
-        add = int(len(places.spans) > 1)
-        for i, span in enumerate(places.spans):
-            r, c = span.rows, span.cols
-            probs = kept[i] if kept else _probs(q, k, span, cfg)
-            d_probs = g[:, r] @ v[:, c].mT
-            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-            d_q[:, r].baddbmm_(d_scores, k[:, c], beta=0, alpha=scale(cfg))
-            d_k[:, c].baddbmm_(d_scores.mT, q[:, r], beta=add, alpha=scale(cfg))
-            d_v[:, c].baddbmm_(probs.mT, g[:, r], beta=add)
-        if n_q > n_kv:
-            d_heads[:n_q] = d_q.view(n_q, b, t, k_dim)
-            for j, d in enumerate((d_k, d_v)):
-                d_heads[n_q + j * n_kv :][:n_kv] = d.view(n_kv, n_q // n_kv, b, t, k_dim).sum(1)
-        if places.rotation is not None:
-            cos, sin = places.rotation
-            d_heads[: n_q + n_kv] = rotate(d_heads[: n_q + n_kv], cos, -sin)
-        return d_heads.permute(1, 2, 0, 3).contiguous(), None, None, None, None
-
-
-def _three(heads: Tensor, n_q: int, n_kv: int) -> list[Tensor]:
-    """q, k and v as (H B, T, K); shared keys and values repeated."""
-    parts = heads.split([n_q, n_kv, n_kv])
-    if n_q > n_kv:
-        parts = (parts[0], *(x.repeat_interleave(n_q // n_kv, 0) for x in parts[1:]))
-    return [x.flatten(0, 1) for x in parts]
-
-
-def _probs(q: Tensor, k: Tensor, span: Span, cfg: ModelConfig) -> Tensor:
-    """(H B, t, s) attention weights of one span."""
-    q, k, bias = q[:, span.rows], k[:, span.cols], span.bias
-    if len(bias) == 1:
-        return torch.baddbmm(bias, q, k.mT, alpha=scale(cfg)).softmax(-1)
-    scores = (q @ k.mT).mul_(scale(cfg))
-    scores.unflatten(0, (len(bias), -1)).add_(bias[:, None])
-    return scores.softmax(-1)

@@ -23,8 +23,9 @@ from fnlm.collectives import LOCAL, Axes, Axis, psum, pvary
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
 from fnlm.dropout import dropout
+from fnlm.kernels import needs_plain
 from fnlm.mlp import mlp
-from fnlm.tree import select
+from fnlm.sublayers import attention_sublayer, mlp_sublayer
 from fnlm.types import Key, Params
 
 Use = Callable[[str, Params], Params]
@@ -92,12 +93,21 @@ def _block(
     p: Params, x: Tensor, cfg: ModelConfig, places: Places, keys: list[Tensor] | None, axes: Axes, compute: Compute
 ) -> Tensor:
     """One transformer block, (B, T, D) -> (B, T, D); pre-norm, sequential or parallel residual (GPT-J)."""
+    if compute.kernels == "auto" and _by_hand(x, cfg, keys, axes):
+        return mlp_sublayer(p, attention_sublayer(p, x, cfg, places), cfg)
     att, res1, res2 = keys or (None, None, None)
     a = _attend(p, norm(p, "attn_norm", x, cfg), cfg, places, att, axes, compute)
     a = dropout(a, cfg.dropout_residual, res1)
     y = x if cfg.parallel_residual else x + a
-    m = dropout(mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes, compute.kernels), cfg.dropout_residual, res2)
+    m = dropout(mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes), cfg.dropout_residual, res2)
     return x + a + m if cfg.parallel_residual else y + m
+
+
+def _by_hand(x: Tensor, cfg: ModelConfig, keys: list[Tensor] | None, axes: Axes) -> bool:
+    """Whether the sublayers with hand-written gradients compute what is asked for, in less memory."""
+    long = x.device.type == "cpu" and x.shape[1] > BLOCK
+    dropped = keys is not None and (cfg.dropout_attn or cfg.dropout_residual)
+    return long and not (dropped or cfg.parallel_residual or axes.tensor or needs_plain())
 
 
 def _attend(
@@ -168,16 +178,17 @@ def ngram_ids(tokens: Tensor, order: int, rows: int, vocab_size: int) -> Tensor:
     code = tokens
     for back in range(1, order):
         before = F.pad(tokens, (back, 0), value=vocab_size)[..., : tokens.shape[-1]]
-        code = code + before * base**back if base**order < 2**62 else (code * 0x9E3779B1 + before) & 0xFFFFFFFF
+        code = code + before * base**back if base**order < 2**62 else (code * 0x2C1B3C6D + before) & 0xFFFFFFFF
     if base**order <= rows:
         return code
+    code = (code ^ (code >> 32)) & 0xFFFFFFFF  # so that no product overflows int64, which compilers may not expect
     return (((code ^ (code >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF) % rows
 
 
 def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Axes = LOCAL) -> Places:
     """The position tables for T positions, made once for all blocks."""
-    at = torch.arange(t, device=like.device)
-    rotation = rope_table(at, cfg, like.dtype) if cfg.positions == "rope" else None
+    rope = cfg.positions == "rope"
+    rotation = rope_table(torch.arange(t, device=like.device), cfg, like.dtype) if rope else None
     blocked = compute.kernels != "sdpa" and not like.is_cuda
     size = -(-cfg.n_heads // axes.tensor.size) if axes.tensor else cfg.n_heads
     first_head = axes.tensor.index * size if axes.tensor else 0
@@ -220,5 +231,11 @@ def shape_logits(logits: Tensor, cfg: ModelConfig) -> Tensor:
 
 def split_groups(params: Params, cfg: ModelConfig) -> dict[str, Params]:
     """The units of communication: "root" and each block's own dict, with the prefix taken off."""
-    root = {k: v for k, v in params.items() if not k.startswith("blocks.")}
-    return {"root": root, **{f"blocks.{i}": select(params, f"blocks.{i}") for i in range(cfg.n_layers)}}
+    groups: dict[str, Params] = {"root": {}, **{f"blocks.{i}": {} for i in range(cfg.n_layers)}}
+    for name, value in params.items():
+        if name.startswith("blocks."):
+            _, i, own = name.split(".", 2)
+            groups[f"blocks.{i}"][own] = value
+        else:
+            groups["root"][name] = value
+    return groups

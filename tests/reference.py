@@ -54,7 +54,8 @@ def ngram_row(tokens: list[int], t: int, order: int, rows: int, vocab_size: int)
     else:
         code = recent[0]
         for token in recent[1:]:
-            code = (code * 2654435761 + token) % 2**32
+            code = (code * 739982445 + token) % 2**32
+    code = (code ^ (code // 2**32)) % 2**32
     return ((code ^ (code // 2**15)) * 739982445) % 2**31 % rows
 
 

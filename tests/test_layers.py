@@ -16,7 +16,7 @@ FLOORS = (
     "types",
     "tree",
     "random < dropout | config < overrides | collectives | compiling | kernels | machine",
-    "attention < mlp < forward < losses | optim | sharding | tokenizers",
+    "attention < blocked < mlp < sublayers < forward < losses | optim | sharding | tokenizers",
     "params < presets | sampling | data | interop",
     "step | generate | evaluate | checkpoint | lift | budget",
     "loop | track | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
