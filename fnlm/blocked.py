@@ -12,32 +12,37 @@ from torch import Tensor
 from fnlm.attention import Places, Span, scale
 from fnlm.config import ModelConfig
 
+KEEP = 512  # positions; with more, (T, T) weights are most of the memory, and computing them again costs 4 % of a step
 Heads = tuple[int, int]
 
 
-def attend(heads: Tensor, n: Heads, cfg: ModelConfig, places: Places) -> Tensor:
-    """(A, B, T, K) -> (B T, H K); `n` = (H, H_kv)."""
+def attend(heads: Tensor, n: Heads, cfg: ModelConfig, places: Places) -> tuple[Tensor, list[Tensor]]:
+    """(A, B, T, K) -> (B T, H K), and the attention weights of each span where they are kept; `n` = (H, H_kv)."""
     q, k, v = _three(heads, n)
-    y = torch.empty_like(q)
+    y, kept = torch.empty_like(q), []
     for span in places.spans:
-        y[:, span.rows] = _probs(q, k, span, cfg) @ v[:, span.cols]
-    return to_rows(y.view(n[0], *heads.shape[1:]))
+        probs = _probs(q, k, span, cfg)
+        y[:, span.rows] = probs @ v[:, span.cols]
+        kept += [probs] if keeps(heads.shape[2]) else []
+    return to_rows(y.view(n[0], *heads.shape[1:])), kept
 
 
-def attend_backward(g: Tensor, heads: Tensor, n: Heads, cfg: ModelConfig, places: Places) -> Tensor:
-    """The gradient with respect to the heads, (A, B, T, K), from that of the result, (B T, H K).
+def keeps(t: int) -> bool:
+    """Whether T positions are few enough to keep what is cheap to compute again."""
+    return t <= KEEP
 
-    The attention weights are computed again: 4 % more time at T = 512, and nothing of (T, T) is kept.
-    """
+
+def attend_backward(g: Tensor, heads: Tensor, kept: list[Tensor], n: Heads, cfg: ModelConfig, places: Places) -> Tensor:
+    """The gradient with respect to the heads, (A, B, T, K), from that of the result, (B T, H K)."""
     b, t, k_dim = heads.shape[1:]
     q, k, v = _three(heads, n)
     g = g.view(b, t, n[0], k_dim).permute(2, 0, 1, 3).reshape(n[0] * b, t, k_dim)
     d_heads = torch.empty_like(heads)
     d_q, d_k, d_v = _three(d_heads, n) if n[0] == n[1] else [torch.empty_like(q) for _ in range(3)]
     d_k.zero_(), d_v.zero_()
-    for span in places.spans:
+    for i, span in enumerate(places.spans):
         r, c = span.rows, span.cols
-        probs = _probs(q, k, span, cfg)
+        probs = kept[i] if kept else _probs(q, k, span, cfg)
         d_scores = torch._softmax_backward_data(g[:, r] @ v[:, c].mT, probs, -1, probs.dtype)
         d_q[:, r].baddbmm_(d_scores, k[:, c], beta=0, alpha=scale(cfg))
         d_k[:, c].baddbmm_(d_scores.mT, q[:, r], alpha=scale(cfg))

@@ -9,6 +9,7 @@ import torch
 
 from fnlm import tree
 from fnlm.attention import BLOCK
+from fnlm.blocked import keeps
 from fnlm.config import ModelConfig, Precision, TrainConfig
 from fnlm.losses import chunk_rows
 from fnlm.params import count, flops_per_token, is_hidden_matrix, is_norm, shapes
@@ -131,7 +132,8 @@ def activation_bytes(
     """
     t = seq_len or cfg.seq_len
     d, v, rows, size = cfg.d_model, cfg.vocab_size, batch_size * t, BYTES[precision]
-    once = cfg.n_layers * d * _qkv_width(cfg) + v * d + chunk_rows(rows, v * size, None) * v
+    joined = 0 if _by_hand(cfg, t) and not keeps(t) else cfg.n_layers * d * _qkv_width(cfg)
+    once = joined + v * d + chunk_rows(rows, v * size, None) * v
     root = 2 * d + (cfg.embed_norm + (cfg.dropout_embed > 0)) * d
     return (rows * (cfg.n_layers * _block_values(cfg, t, size) + root) + once) * size
 
@@ -140,22 +142,30 @@ def _qkv_width(cfg: ModelConfig) -> int:
     return (cfg.n_heads + 2 * cfg.kv_heads) * cfg.head_dim
 
 
+def _by_hand(cfg: ModelConfig, t: int) -> bool:
+    """Whether the sublayers with hand-written gradients compute a block."""
+    return t > BLOCK and not (cfg.parallel_residual or cfg.dropout_attn or cfg.dropout_residual)
+
+
 def _block_values(cfg: ModelConfig, t: int, size: int) -> int:
     """Values of `size` bytes that a block keeps of one token.
 
-    norms: D for the input (RMSNorm: in float32, and as much again before its weight) and D for the output, twice;
-    q, k, v and y: (H + 2 H_kv) K + H K, with QK norm their inputs too; attention: H T up to BLOCK positions, none above
-    (computed again), with dropout 3 H times the keys seen; MLP: F (SwiGLU: 2 F), up to BLOCK positions also what comes
-    after the nonlinearity; residuals: D for each dropout mask.
+    By hand: x twice, q, k, v and y: (H + 2 H_kv) K + H K, and F before the nonlinearity (SwiGLU: 2 F); up to KEEP
+    positions also both norms' outputs, the attention weights, H times the keys seen, and F after the nonlinearity.
+    Composed: norms: D for the input (RMSNorm: in float32, and as much again before its weight) and D for the output,
+    twice, with QK norm their inputs too; attention: H times the keys seen, with dropout three times that; MLP: F before
+    and F after the nonlinearity (SwiGLU: 4 F, ReLU: F); residuals: D for each dropout mask.
     """
-    d, h, short = cfg.d_model, cfg.n_heads, t <= BLOCK
+    d, h, f = cfg.d_model, cfg.n_heads, cfg.ff_dim
+    heads = _qkv_width(cfg) + h * cfg.head_dim
+    seen = t if t <= BLOCK else (t + BLOCK) // 2
+    if _by_hand(cfg, t):
+        cheap = 2 * d + h * seen + f if keeps(t) else 0
+        return 2 * d + heads + (2 if cfg.mlp == "swiglu" else 1) * f + cheap
     kept = (1 + cfg.norm_affine) * 4 // size if cfg.norm == "rmsnorm" else 1
     shared = int(cfg.parallel_residual and cfg.norm == "layernorm")  # both norms keep the same tensor
     norms = (2 * (kept + 1) - shared) * d
     norms += kept * (h + cfg.kv_heads) * cfg.head_dim if cfg.qk_norm else 0
-    seen = t if short else (t + BLOCK) // 2
-    attention = 3 * h * seen if cfg.dropout_attn else h * t if short else 0
-    inner = {"swiglu": (4, 2), "relu": (1, 1)}.get(cfg.mlp, (2, 1))
-    mlp = inner[0 if short else 1] * cfg.ff_dim
+    attention = (3 if cfg.dropout_attn else 1) * h * seen
     masks = 2 * d if cfg.dropout_residual else 0
-    return norms + _qkv_width(cfg) + h * cfg.head_dim + attention + mlp + masks
+    return norms + heads + attention + {"swiglu": 4, "relu": 1}.get(cfg.mlp, 2) * f + masks

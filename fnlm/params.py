@@ -66,7 +66,7 @@ def init_params(
         elif std == 0:
             x = torch.zeros(shape, dtype=dtype)
         else:
-            x = random.normal(own, shape, dtype=dtype) * std
+            x = random.normal(own, shape, dtype=dtype).mul_(std)
         out[name] = x.to(device or x.device)
     return out
 

@@ -1,14 +1,13 @@
 """The halves of a block for long sequences on a CPU, x + attention(norm(x)) and x + mlp(norm(x)), gradients by hand.
 
 The same mathematics as the composed block in forward.py, which short sequences, transforms, dropout, parallel residuals
-and split models use. Each half keeps only what is expensive to compute again: not norms, rotations, attention weights,
-activations, or joined weights. At T = 512 that is a quarter less memory in the same time.
+and split models use. Above KEEP positions each half keeps only what is expensive to compute again: not norms,
+rotations, attention weights, activations, or joined weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fnlm.attention import Places, rotate
-from fnlm.blocked import attend, attend_backward, to_heads, to_rows
-from fnlm.config import ModelConfig
+from fnlm.blocked import attend, attend_backward, keeps, to_heads, to_rows
+from fnlm.config import Mlp, ModelConfig
 from fnlm.kernels import once_differentiable
 from fnlm.mlp import activate
 from fnlm.types import Params
@@ -49,10 +48,11 @@ class _Attention(torch.autograd.Function):
         nw, nb, *qk_norms, wo, bo, wq, wk, wv, bq, bk, bv = weights
         rows = x.flatten(0, 1)
         h, stats = _norm(rows, nw, nb, cfg)
-        heads = to_heads(F.linear(h, _join(wq, wk, wv), _join(bq, bk, bv)), x.shape[0], cfg.head_dim)
+        joined = _join(wq, wk, wv)
+        heads = to_heads(F.linear(h, joined, _join(bq, bk, bv)), x.shape[0], cfg.head_dim)
         n = (wq.shape[0] // cfg.head_dim, wk.shape[0] // cfg.head_dim)
-        y = attend(_Turn(heads, qk_norms, n, cfg, places).out.detach(), n, cfg, places)
-        ctx.save_for_backward(x, *stats, *weights, heads, y)
+        y, kept = attend(_Turn(heads, qk_norms, n, cfg, places).out.detach(), n, cfg, places)
+        ctx.save_for_backward(x, *stats, *weights, heads, y, *([h, joined, *kept] if keeps(x.shape[1]) else []))
         ctx.cfg, ctx.places, ctx.n = cfg, places, n
         return _add_linear(rows, y, wo, bo).view_as(x)
 
@@ -61,11 +61,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Grads:
         cfg, places, n = ctx.cfg, ctx.places, ctx.n
         x, mean, rstd, nw, nb, *rest = ctx.saved_tensors
-        qk_norms, (wo, bo, wq, wk, wv, bq, _, _, heads, y) = rest[:4], rest[4:]
+        qk_norms, (wo, bo, wq, wk, wv, bq, _, _, heads, y, *kept) = rest[:4], rest[4:]
         rows, g2 = x.flatten(0, 1), g.flatten(0, 1)
         turn = _Turn(heads, qk_norms, n, cfg, places)
-        d_heads, *d_qk_norms = turn.backward(attend_backward(g2 @ wo, turn.out.detach(), n, cfg, places))
-        h, joined = _norm(rows, nw, nb, cfg)[0], _join(wq, wk, wv)
+        h, joined, *probs = kept or (_norm(rows, nw, nb, cfg)[0], _join(wq, wk, wv))
+        d_heads = attend_backward(g2 @ wo, turn.out.detach(), probs, n, cfg, places)
+        d_heads, *d_qk_norms = turn.backward(d_heads)
         d_qkv = to_rows(d_heads)
         sizes = [w.shape[0] for w in (wq, wk, wv)]
         d_w, d_b = (d_qkv.T @ h).split(sizes), (None, None, None) if bq is None else d_qkv.sum(0).split(sizes)
@@ -82,21 +83,22 @@ class _Mlp(torch.autograd.Function):
         rows, half = x.flatten(0, 1), len(ups) // 2
         h, stats = _norm(rows, nw, nb, cfg)
         inner = [F.linear(h, w, b) for w, b in zip(ups[:half], ups[half:], strict=True)]
-        ctx.save_for_backward(x, *stats, *weights, *inner)
+        active = activate(cfg.mlp, *inner)
+        ctx.save_for_backward(x, *stats, *weights, *inner, *([h, active] if keeps(x.shape[1]) else []))
         ctx.cfg, ctx.half = cfg, half
-        return _add_linear(rows, activate(cfg.mlp, *inner), wd, bd).view_as(x)
+        return _add_linear(rows, active, wd, bd).view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Grads:
         cfg, half = ctx.cfg, ctx.half
         x, mean, rstd, nw, nb, wd, bd, *rest = ctx.saved_tensors
-        ups, biases, inner = rest[:half], rest[half : 2 * half], rest[2 * half :]
+        ups, biases, inner, kept = rest[:half], rest[half : 2 * half], rest[2 * half : 3 * half], rest[3 * half :]
         rows, g2 = x.flatten(0, 1), g.flatten(0, 1)
-        act = _Graph(partial(activate, cfg.mlp), *inner)
-        d_wd, d_inner = g2.T @ act.out.detach(), act.backward(g2 @ wd)
-        del act
-        h = _norm(rows, nw, nb, cfg)[0]
+        active, d_inner = _activate_backward(cfg.mlp, g2 @ wd, inner, kept[1] if kept else None)
+        d_wd = g2.T @ active
+        del active
+        h = kept[0] if kept else _norm(rows, nw, nb, cfg)[0]
         d_ups = [d.T @ h for d in d_inner]
         d_biases = [None if b is None else d.sum(0) for b, d in zip(biases, d_inner, strict=True)]
         d_h = d_inner[0] @ ups[0]
@@ -177,3 +179,12 @@ def _norm_backward(
         return _Graph(lambda x: F.rms_norm(x, x.shape[-1:], None, cfg.norm_eps), x).backward(g)[0], None, None
     d_x, d_weight = _Graph(lambda x, w: F.rms_norm(x, x.shape[-1:], w, cfg.norm_eps), x, weight).backward(g)
     return d_x, d_weight, None
+
+
+def _activate_backward(kind: Mlp, g: Tensor, inner: list[Tensor], active: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """The activations, kept or made again, and the gradients of what they are made of."""
+    if kind in ("gelu", "gelu-tanh"):
+        d = torch.ops.aten.gelu_backward(g, inner[0], approximate="tanh" if kind == "gelu-tanh" else "none")
+        return activate(kind, *inner) if active is None else active, [d]
+    graph = _Graph(lambda *h: activate(kind, *h), *inner)
+    return graph.out.detach(), graph.backward(g)
