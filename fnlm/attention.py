@@ -44,26 +44,18 @@ class Places(NamedTuple):
 
 
 def attention(
-    qkv: Tensor,
-    heads: tuple[int, int],
-    cfg: ModelConfig,
-    places: Places,
-    kernels: Kernels = "auto",
-    key: Key | None = None,
+    q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places, kernels: Kernels = "auto", key: Key | None = None
 ) -> Tensor:
-    """softmax(q k^T scale + bias) v over earlier positions (Vaswani et al. 2017, 3.2): (B, T, A, K) -> (B, T, H K).
+    """softmax(q k^T scale + bias) v over earlier positions (Vaswani et al. 2017, 3.2).
 
-    `heads` = (n_q, n_kv): the first n_q heads of `qkv` are queries, then n_kv keys and n_kv values; each key serves
-    n_q / n_kv queries. `key` (B, 2) draws dropout.
+    q (B, T, H, K), k and v (B, T, H_kv, K) -> (B, T, H K); a key serves H / H_kv queries. `key` (B, 2) draws dropout.
     """
-    n_q, n_kv = heads
     if key is not None and cfg.dropout_attn:
         kernels = "plain"
-    if places.rotation is not None:
-        qk, v = qkv.split([n_q + n_kv, n_kv], 2)
-        qkv = torch.cat([rotate(qk, *(x[:, None] for x in places.rotation)), v], 2)
-    q, k, v = (x.transpose(1, 2) for x in qkv.split([n_q, n_kv, n_kv], 2))
-    k, v = (x.repeat_interleave(n_q // n_kv, 1) if n_q > n_kv else x for x in (k, v))
+    shared = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if shared > 1:
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     if (kernels == "sdpa" or (kernels == "auto" and q.is_cuda)) and not needs_plain(compiling_too=False):
         y = _sdpa(q, k, v, cfg, places)
     else:
@@ -74,14 +66,6 @@ def attention(
 def scale(cfg: ModelConfig) -> float:
     """K^-1/2; under muP 8/K, the same at K = 64 (Yang et al. 2022, definition 4.1)."""
     return 8 / cfg.head_dim if cfg.init == "mup" else 1 / math.sqrt(cfg.head_dim)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R of the last dimension by each position's angle (Su et al. 2021, 3.4.2; halves, not pairs)."""
-    r = cos.shape[-1]
-    turned, rest = x[..., :r], x[..., r:]
-    turned = turned * cos + torch.cat([turned[..., r // 2 :], turned[..., : r // 2]], -1) * sin
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
 def alibi_slopes(n_heads: int, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from fnlm.collectives import LOCAL, Axes, Axis, psum, pvary
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
 from fnlm.dropout import dropout
-from fnlm.kernels import needs_plain
+from fnlm.kernels import needs_plain, rotate
 from fnlm.mlp import mlp
 from fnlm.sublayers import attention_sublayer, mlp_sublayer
 from fnlm.types import Key, Params
@@ -99,7 +99,7 @@ def _block(
     a = _attend(p, norm(p, "attn_norm", x, cfg), cfg, places, att, axes, compute)
     a = dropout(a, cfg.dropout_residual, res1)
     y = x if cfg.parallel_residual else x + a
-    m = dropout(mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes), cfg.dropout_residual, res2)
+    m = dropout(mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes, compute.kernels), cfg.dropout_residual, res2)
     return x + a + m if cfg.parallel_residual else y + m
 
 
@@ -119,12 +119,17 @@ def _attend(
     weight = torch.cat([p["attn.q.weight"], p["attn.k.weight"], p["attn.v.weight"]])
     bias = torch.cat([p["attn.q.bias"], p["attn.k.bias"], p["attn.v.bias"]]) if cfg.bias else None
     qkv = rearrange(F.linear(pvary(x, axes.tensor), weight, bias), "B T (A K) -> B T A K", K=cfg.head_dim)
-    if cfg.qk_norm:
-        q, k, v = qkv.split([n_q, n_kv, n_kv], 2)
-        qkv = torch.cat(
-            [norm(p, "attn.q_norm", q, cfg, axes.tensor), norm(p, "attn.k_norm", k, cfg, axes.tensor), v], 2
-        )
-    y = attention(qkv, (n_q, n_kv), cfg, places, compute.kernels, key)
+    qk, v = qkv.split([n_q + n_kv, n_kv], 2)
+    if cfg.qk_norm and not cfg.norm_affine:
+        qk = norm(p, "attn.q_norm", qk, cfg)
+    elif cfg.qk_norm:
+        parts = zip(("attn.q_norm", "attn.k_norm"), qk.split([n_q, n_kv], 2), strict=True)
+        qk = torch.cat([norm(p, name, part, cfg, axes.tensor) for name, part in parts], 2)
+    if places.rotation is not None:
+        cos, sin = (x[:, None] for x in places.rotation)
+        qk = rotate(qk, cos, sin, compute.kernels == "auto" and not needs_plain())
+    q, k = qk.split([n_q, n_kv], 2)
+    y = attention(q, k, v, cfg, places, compute.kernels, key)
     out = psum(F.linear(y, p["attn.out.weight"]), axes.tensor)
     return out + p["attn.out.bias"] if cfg.bias else out
 

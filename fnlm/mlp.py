@@ -6,25 +6,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fnlm.collectives import Axes, psum, pvary
-from fnlm.config import Mlp, ModelConfig
+from fnlm.config import Kernels, Mlp, ModelConfig
+from fnlm.kernels import needs_plain, squared_relu
 from fnlm.types import Params
 
 
-def mlp(p: Params, x: Tensor, cfg: ModelConfig, axes: Axes) -> Tensor:
+def mlp(p: Params, x: Tensor, cfg: ModelConfig, axes: Axes, kernels: Kernels) -> Tensor:
     """down(activate(up x)), or down(silu(gate x) * up x) for SwiGLU (Shazeer 2020, eq. 5): (B, T, D) -> (B, T, D)."""
     x = pvary(x, axes.tensor)
     names = ("gate", "up") if cfg.mlp == "swiglu" else ("up",)
     inner = [F.linear(x, p[f"mlp.{name}.weight"], p.get(f"mlp.{name}.bias")) for name in names]
-    out = psum(F.linear(activate(cfg.mlp, *inner), p["mlp.down.weight"]), axes.tensor)
+    out = psum(
+        F.linear(activate(cfg.mlp, *inner, by_hand=kernels == "auto" and not needs_plain()), p["mlp.down.weight"]),
+        axes.tensor,
+    )
     return out + p["mlp.down.bias"] if cfg.bias else out
 
 
-def activate(kind: Mlp, h: Tensor, up: Tensor | None = None) -> Tensor:
-    """The nonlinearity, elementwise (relu squared: So et al. 2021); SwiGLU takes the gate and what it multiplies."""
+def activate(kind: Mlp, h: Tensor, up: Tensor | None = None, *, by_hand: bool) -> Tensor:
+    """The nonlinearity, elementwise; SwiGLU takes the gate and what it multiplies."""
     if up is not None:
         return F.silu(h) * up
     if kind == "relu":
         return F.relu(h)
     if kind == "relu2":
-        return F.relu(h).square()
+        return squared_relu(h, by_hand)
     return F.gelu(h, approximate="tanh" if kind == "gelu-tanh" else "none")

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fnlm.attention import Places, rotate
+from fnlm.attention import Places
 from fnlm.blocked import attend, attend_backward, keeps, to_heads, to_rows
 from fnlm.config import Mlp, ModelConfig
-from fnlm.kernels import once_differentiable
+from fnlm.kernels import once_differentiable, rotate
 from fnlm.mlp import activate
 from fnlm.types import Params
 
@@ -83,7 +83,7 @@ class _Mlp(torch.autograd.Function):
         rows, half = x.flatten(0, 1), len(ups) // 2
         h, stats = _norm(rows, nw, nb, cfg)
         inner = [F.linear(h, w, b) for w, b in zip(ups[:half], ups[half:], strict=True)]
-        active = activate(cfg.mlp, *inner)
+        active = activate(cfg.mlp, *inner, by_hand=True)
         ctx.save_for_backward(x, *stats, *weights, *inner, *([h, active] if keeps(x.shape[1]) else []))
         ctx.cfg, ctx.half = cfg, half
         return _add_linear(rows, active, wd, bd).view_as(x)
@@ -149,7 +149,7 @@ class _Turn(_Graph):
                 q_weight, q_bias, k_weight, k_bias = _fill(norms, weights)
                 q, k = _norm(q, q_weight, q_bias, cfg)[0], _norm(k, k_weight, k_bias, cfg)[0]
             qk = torch.cat([q, k])
-            return torch.cat([qk if places.rotation is None else rotate(qk, *places.rotation), v])
+            return torch.cat([qk if places.rotation is None else rotate(qk, *places.rotation, by_hand=True), v])
 
         if cfg.qk_norm or places.rotation is not None:
             super().__init__(turned, heads, *(w for w in norms if w is not None))
@@ -185,6 +185,6 @@ def _activate_backward(kind: Mlp, g: Tensor, inner: list[Tensor], active: Tensor
     """The activations, kept or made again, and the gradients of what they are made of."""
     if kind in ("gelu", "gelu-tanh"):
         d = torch.ops.aten.gelu_backward(g, inner[0], approximate="tanh" if kind == "gelu-tanh" else "none")
-        return activate(kind, *inner) if active is None else active, [d]
-    graph = _Graph(lambda *h: activate(kind, *h), *inner)
+        return activate(kind, *inner, by_hand=True) if active is None else active, [d]
+    graph = _Graph(lambda *h: activate(kind, *h, by_hand=True), *inner)
     return graph.out.detach(), graph.backward(g)

@@ -12,17 +12,42 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fnlm
+from fnlm import blocked
 from fnlm.attention import alibi_slopes, attention
 from fnlm.collectives import LOCAL
 from fnlm.forward import places_of
+from fnlm.kernels import rotate
 from fnlm.params import shapes
 from tests import reference
 from tests.reference import BASE, CASES, random_params, random_tokens, small_blocks
 
 
 def run(qkv: Tensor, n_q: int, n_kv: int, cfg: fnlm.ModelConfig, kernels: Any, key: Tensor | None = None) -> Tensor:
+    """Rotation and attention: "auto" by hand in blocks of queries, as long sequences have it on a CPU."""
     places = places_of(qkv.shape[1], cfg, qkv, fnlm.Compute(kernels=kernels), LOCAL)
-    return attention(qkv, (n_q, n_kv), cfg, places, kernels, key)
+    qk, v = qkv.split([n_q + n_kv, n_kv], 2)
+    if places.rotation is not None:
+        qk = rotate(qk, *(x[:, None] for x in places.rotation), by_hand=kernels == "auto")
+    if kernels == "auto" and key is None:
+        return Blocked.apply(torch.cat([qk, v], 2), (n_q, n_kv), cfg, places)
+    return attention(*qk.split([n_q, n_kv], 2), v, cfg, places, kernels, key)
+
+
+class Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n: tuple[int, int], cfg: fnlm.ModelConfig, places: Any) -> Tensor:
+        heads = blocked.to_heads(qkv.flatten(2).flatten(0, 1), qkv.shape[0], qkv.shape[3])
+        y, kept = blocked.attend(heads, n, cfg, places)
+        ctx.save_for_backward(heads, *kept)
+        ctx.rest = n, cfg, places, qkv.shape
+        return y.view(*qkv.shape[:2], -1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        heads, *kept = ctx.saved_tensors
+        n, cfg, places, shape = ctx.rest
+        d_heads = blocked.attend_backward(g.flatten(0, 1), heads, kept, n, cfg, places)
+        return blocked.to_rows(d_heads).view(shape), None, None, None
 
 
 def dense(qkv: Tensor, n_q: int, n_kv: int, cfg: fnlm.ModelConfig) -> Tensor:
