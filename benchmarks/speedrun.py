@@ -71,7 +71,7 @@ def shape(f: float, train: fnlm.TrainConfig) -> float:
     return min(1.0, (f + 1e-4) / max(warm, 1e-9), (1 - f) / cool)
 
 
-def recipe(train: fnlm.TrainConfig, table_decay: float) -> fnlm.Transform:
+def recipe(train: fnlm.TrainConfig) -> fnlm.Transform:
     """Muon for the matrices inside blocks, AdamW for embeddings and head; one pace, set from the clock, for both."""
     muon = optim.scale_by_muon(steps=train.muon_steps, coefficients="polar", adjust="none")
     adam = optim.scale_by_adam(train.b1, train.b2)
@@ -81,7 +81,10 @@ def recipe(train: fnlm.TrainConfig, table_decay: float) -> fnlm.Transform:
             lambda name: "matrices" if fnlm.is_hidden_matrix(name) else "tables",
             matrices=optim.chain(muon=muon, decay=decay(train.weight_decay), rate=optim.scale(train.muon_lr)),
             tables=optim.chain(
-                clip=optim.clip_by_global_norm(1.0), adam=adam, decay=decay(table_decay), rate=optim.scale(train.lr)
+                clip=optim.clip_by_global_norm(1.0),
+                adam=adam,
+                decay=decay(train.table_decay),
+                rate=optim.scale(train.lr),
             ),
         ),
         pace=optim.scale_by_value(0.0),
@@ -95,7 +98,7 @@ def main() -> None:
     train_ids, val_ids, vocab = load(args.text)
     cfg = fnlm.override(fnlm.PRESETS[args.preset], vocab_size=vocab, **dict(pair(x) for x in args.fields))
     train = fnlm.override(fnlm.TRAINING[args.preset], **dict(pair(x) for x in args.train))
-    optimizer = recipe(train, args.table_decay)
+    optimizer = recipe(train)
     key = fnlm.key(args.seed)
     plan = fnlm.Plan(precision=train.precision)
     state = fnlm.init_state(fnlm.init_params(cfg, fnlm.fold_in(key, 0)), optimizer, plan, fnlm.fold_in(key, 1))
@@ -145,7 +148,6 @@ def parse() -> argparse.Namespace:
     p.add_argument("--seconds", type=float, default=65.0)
     p.add_argument("--steps", type=int, default=0)
     p.add_argument("--preset", default="shakespeare-speedrun")
-    p.add_argument("--table-decay", type=float, default=0.0, help="decoupled decay of embeddings and head")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=2)
     return p.parse_intermixed_args()
