@@ -1,4 +1,4 @@
-"""nanoGPT's small CPU recipe on a character text, with our step, and with nanoGPT's own model where a checkout is given.
+"""nanoGPT's small CPU recipe on a character text, with our step and, where its path is given, with nanoGPT's model.
 
     python benchmarks/shakespeare_char.py tinyshakespeare.txt [--against NANOGPT] [--steps 2000] [--precision bf16]
 
