@@ -1,0 +1,96 @@
+"""Byte-level byte pair encoding (Sennrich et al. 2016; Radford et al. 2019), by the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from fnlm.tokenizers.base import CHAT_SPECIAL, Tokenizer
+from fnlm.tokenizers.byte_level import to_bytes
+
+
+class BPE(Tokenizer):
+    """A byte-level tokenizer.json, ours or another tool's. Any text can be encoded and comes back whole."""
+
+    kind = "bpe"
+
+    def __init__(self, text: str) -> None:
+        """`text` is that of the file. Raises ValueError for one that is not a byte-level tokenizer."""
+        super().__init__(*tables(json.loads(text)))
+        self._json = text
+        self._library = Library.from_str(text)
+        self._library.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+        self._library.no_truncation()
+        self._library.no_padding()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """On all threads."""
+        return [e.ids for e in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @property
+    def json(self) -> str:
+        return self._json
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = CHAT_SPECIAL) -> BPE:
+    """Learn merges until there are `vocab_size` tokens, the 256 bytes and the special tokens (ids 0, 1, ...) included.
+
+    A small corpus may have fewer merges to offer. Memory: the different words of all texts. ValueError below 256 tokens
+    and the special ones.
+    """
+    if vocab_size < 256 + len(special):
+        raise ValueError(f"vocab_size={vocab_size} has no room for 256 bytes and {len(special)} special tokens")
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    library.train_from_iterator(_grouped(texts), trainer)
+    return BPE(library.to_str())
+
+
+def tables(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
+    """The bytes of every id of a byte-level tokenizer.json, and its special tokens; b"" for an id that nothing has.
+
+    Raises ValueError for another kind of tokenizer.
+    """
+    model = spec["model"]
+    if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(spec.get("decoder")):
+        raise ValueError("this tokenizer.json is not byte-level BPE; other kinds are not read")
+    added = {t["content"]: int(t["id"]) for t in spec.get("added_tokens", [])}
+    vocabulary = model["vocab"]
+    table = [b""] * (1 + max([*vocabulary.values(), *added.values()]))
+    for token, i in vocabulary.items():
+        if token not in added:
+            table[i] = to_bytes(token)
+    for token, i in added.items():
+        table[i] = token.encode("utf-8")
+    return table, {t["content"]: int(t["id"]) for t in spec.get("added_tokens", []) if t.get("special", True)}
+
+
+def with_special(spec: dict[str, Any], special: dict[str, int]) -> str:
+    """The text of a tokenizer.json to which these special tokens were added."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    known = {t["content"] for t in spec["added_tokens"]}
+    more = [{"id": i, "content": token, **flags} for token, i in special.items() if token not in known]
+    added = sorted([*spec["added_tokens"], *more], key=lambda t: int(t["id"]))
+    return json.dumps(spec | {"added_tokens": added}, ensure_ascii=False)
+
+
+def _grouped(texts: Iterable[str], size: int = 256) -> Iterable[list[str]]:
+    """Lists of texts: the library counts the words of one list on all threads."""
+    group: list[str] = []
+    for text in texts:
+        group.append(text)
+        if len(group) == size:
+            yield group
+            group = []
+    yield group
