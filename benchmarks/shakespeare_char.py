@@ -57,7 +57,7 @@ def theirs(folder: Path, ids: torch.Tensor, cfg: fnlm.ModelConfig, train: fnlm.T
     for i, batch in enumerate(batches(ids, cfg, train)):
         for group in optimizer.param_groups:
             group["lr"] = float(rate(i))
-        model(batch.tokens, batch.targets)[1].backward()
+        model(batch.tokens, batch.targets.contiguous())[1].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip or 1e9)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -66,7 +66,7 @@ def theirs(folder: Path, ids: torch.Tensor, cfg: fnlm.ModelConfig, train: fnlm.T
     def loss(val: torch.Tensor) -> float:
         starts = torch.arange(0, len(val) - 1 - cfg.seq_len, cfg.seq_len)
         parts = [windows(val, group, cfg.seq_len) for group in starts.split(64)]
-        return sum(float(model(p.tokens, p.targets)[1]) * len(p.tokens) for p in parts) / len(starts)
+        return sum(float(model(p.tokens, p.targets.contiguous())[1]) * len(p.tokens) for p in parts) / len(starts)
 
     return loss
 
