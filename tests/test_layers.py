@@ -17,7 +17,7 @@ FLOORS = (
     "tree",
     "random < dropout | config < overrides | collectives | compiling | kernels | machine",
     "attention < blocked < mlp < sublayers < forward < losses | optim | sharding | tokenizers",
-    "params < presets | sampling | data | interop",
+    "params < presets | sampling | data | world | interop",
     "step | generate | evaluate | checkpoint | lift | budget",
     "loop | track | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names

@@ -1,0 +1,89 @@
+"""The words and sentences of the world, and which combinations of words no training text may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from hashlib import sha256
+from typing import NamedTuple
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+class Grammar(NamedTuple):
+    """What a story is made of: words, how many people it may have, which facts of each person it tells and in what
+    order (layouts, the shortest first), and the templates of each fact.
+
+    Templates name a person {n}, another {m}, an object {o}, its colour {c} and a place {p}. The sentences of `owns` say
+    everything after the object, as readers find sooner what follows a word than what precedes it. Entropy is exact when
+    no two choices give the same text, so all words and all templates differ.
+    """
+
+    names: tuple[str, ...]
+    objects: tuple[str, ...]
+    colours: tuple[str, ...]
+    places: tuple[str, ...]
+    people: tuple[int, ...]
+    layouts: tuple[tuple[str, ...], ...]
+    has: tuple[str, ...]
+    stays: tuple[str, ...]
+    both: tuple[str, ...]
+    owns: tuple[str, ...]
+    gives: tuple[str, ...]
+    goes: tuple[str, ...]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ENGLISH = Grammar(
+    names=_words("Mia Max Tess Omar Lily Rosa Ben Ada Leo Nina Tom Eva Sam Ida Hugo Zoe"),
+    objects=_words("kite ball cup key ring hat bag bell book lamp drum boat doll coin pen box"),
+    colours=_words("red blue green yellow black white purple pink brown gold"),
+    places=_words("garden kitchen market forest park library barn school tower cave house shop"),
+    people=(1, 2, 3),
+    layouts=(("both", "owns"), ("has", "owns", "stays"), ("has", "stays", "owns"), ("stays", "has", "owns")),
+    has=("{n} has a {c} {o}.", "{n} found a {c} {o}.", "{n} holds a {c} {o}."),
+    stays=("{n} is in the {p}.", "{n} sits in the {p}."),
+    both=("{n} is in the {p} and has a {c} {o}.", "{n} is in the {p} with a {c} {o}."),
+    owns=(
+        "The {o} of {n} is {c}.",
+        "The {o} belongs to {n}, and it is {c}.",
+        "The {o} is {c}, and it belongs to {n}.",
+    ),
+    gives=(
+        "{n} gives the {o} to {m}.",
+        "{n} gives the {c} {o} to {m}.",
+        "{n} gives the {o} to {m}, and now the {c} {o} belongs to {m}.",
+    ),
+    goes=("{n} goes to the {p}.", "Then {n} walks to the {p}.", "Now {n} is in the {p}."),
+)
+
+
+@cache
+def _ranked(words: tuple[str, ...], *key: str) -> tuple[str, ...]:
+    """The words in an order of their own for every key: by a hash of both."""
+    return tuple(sorted(words, key=lambda word: sha256(" ".join((*key, word)).encode()).digest()))
+
+
+def allowed_colours(grammar: Grammar, thing: str) -> tuple[str, ...]:
+    """The colours that an object has in training texts: all but one, chosen by hash."""
+    return _ranked(grammar.colours, thing)[1:]
+
+
+def allowed_places(grammar: Grammar, name: str, things: Sequence[str]) -> tuple[str, ...]:
+    """Where a person who ever holds these objects may ever be in a training text.
+
+    For one object all places but one, chosen by a hash of person and object. Each further object takes away exactly one
+    more, though it may hold out the same place: the number of choices, and so the entropy, depends on no word.
+    """
+    left = list(grammar.places)
+    for thing in things:
+        left.remove(next(place for place in _ranked(grammar.places, name, thing) if place in left))
+    return tuple(left)
+
+
+def is_held_out(grammar: Grammar, name: str, thing: str, place: str) -> bool:
+    """Whether no training text has this person hold this object and be in this place."""
+    return place not in allowed_places(grammar, name, (thing,))
