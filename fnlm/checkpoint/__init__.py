@@ -1,0 +1,25 @@
+"""Checkpoints: the whole state of a run on disk, complete or not there at all; docs/checkpoints.md says how.
+
+>>> path = save("runs/demo/checkpoints", state, config={"model": asdict(cfg)}, extra={"loss": 1.2})
+>>> state, extra = restore(newest_good("runs/demo/checkpoints"), like=init_state(init_params(cfg, key), optimizer))
+"""
+
+from fnlm.checkpoint.files import CheckpointError
+from fnlm.checkpoint.layout import best, describe, mark_best, newest_good, resolve, verify
+from fnlm.checkpoint.read import load_params, restore
+from fnlm.checkpoint.saver import Saver
+from fnlm.checkpoint.write import save
+
+__all__ = [
+    "CheckpointError",
+    "Saver",
+    "best",
+    "describe",
+    "load_params",
+    "mark_best",
+    "newest_good",
+    "resolve",
+    "restore",
+    "save",
+    "verify",
+]
