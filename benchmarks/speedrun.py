@@ -83,7 +83,7 @@ def recipe(train: fnlm.TrainConfig) -> fnlm.Transform:
             tables=optim.chain(
                 clip=optim.clip_by_global_norm(1.0),
                 adam=adam,
-                decay=decay(train.table_decay),
+                decay=decay(train.muon_table_decay),
                 rate=optim.scale(train.lr),
             ),
         ),

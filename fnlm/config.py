@@ -175,7 +175,7 @@ class TrainConfig:
     clip: float | None = 1.0
     muon_lr: float = 0.02  # optimizer="muon": the rate of the hidden matrices; lr is that of the rest
     muon_steps: int = 5
-    table_decay: float = 0.0  # optimizer="muon": decay of embeddings and head, per unit of their rate lr
+    muon_table_decay: float = 0.0  # optimizer="muon": decay of embeddings and head, per unit of their rate lr
     ema: float | None = None
     dropout: float | None = None  # overrides the model's dropouts (embedding, attention, residual)
     precision: Precision = "bf16"

@@ -44,7 +44,7 @@ PRESETS: dict[str, ModelConfig] = {
 _T = TrainConfig
 TRAINING: dict[str, TrainConfig] = {
     "demo": _T(steps=3000, batch_size=16, optimizer="muon", lr=4e-3, schedule="wsd"),
-    "shakespeare-speedrun": _T(steps=1350, batch_size=16, optimizer="muon", lr=1e-2, table_decay=1.0, muon_steps=4,
+    "shakespeare-speedrun": _T(steps=1350, batch_size=16, optimizer="muon", lr=1e-2, muon_table_decay=1.0, muon_steps=4,
                                schedule="wsd", decay_steps=810, warmup=27),
     "shakespeare-char": _T(steps=5000, batch_size=64, lr=1e-3, min_lr=1e-4, warmup=100, b2=0.99),
     "shakespeare-char-cpu": _T(steps=2000, batch_size=12, lr=1e-3, min_lr=1e-4, warmup=100, b2=0.99),
@@ -86,7 +86,7 @@ def optimizer_of(train: TrainConfig, cfg: ModelConfig) -> Transform:
     if train.optimizer == "muon":
         rate, b1, b2 = schedule_of(train, train.muon_lr), train.b1, train.b2
         inner = optim.muon(rate, is_hidden_matrix, lr, steps=train.muon_steps, decay=decay,
-                           b1=b1, b2=b2, adam_decay=train.table_decay, adam_mask=is_matrix, clip=clip)  # fmt: skip
+                           b1=b1, b2=b2, adam_decay=train.muon_table_decay, adam_mask=is_matrix, clip=clip)  # fmt: skip
     elif train.optimizer == "adamw":
         inner = optim.adamw(lr, train.b1, train.b2, decay=decay, mask=is_matrix, clip=clip)
     elif train.optimizer == "adam":
