@@ -106,14 +106,14 @@ def describe(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def committed(folder: Path) -> list[Found]:
-    """The committed checkpoints, newest first; a torn one is passed over with a logged line."""
+def committed(folder: Path, level: int = logging.DEBUG) -> list[Found]:
+    """The committed checkpoints, newest first; a torn one is passed over with a line logged at `level`."""
     found = []
     for path in folders(folder):
         try:
             entry = manifest(path)
         except (CheckpointError, OSError) as error:
-            _log.warning("skipped: %s", error)
+            _log.log(level, "skipped: %s", error)
         else:
             found.append(Found(path, entry["step"], entry["what"], entry["order"]))
     return sorted(found, key=lambda f: f.order, reverse=True)
@@ -124,7 +124,7 @@ def newest_good(folder: str | Path, what: What = "all", before: int | None = Non
 
     `what`: "all" asks for one to resume from, "params" for any with parameters. `before`: only those of earlier steps.
     """
-    for found in committed(Path(folder)):
+    for found in committed(Path(folder), logging.WARNING):
         if (what == "all" and found.what == "params") or (before is not None and found.step >= before):
             continue
         try:

@@ -74,8 +74,9 @@ class Saver:
 
     def wait(self) -> None:
         """Until all is on the disk; raises what went wrong while writing."""
-        pending, self._pending = self._pending, []
-        for error in [future.exception() for future in pending]:
+        errors = [future.exception() for future in self._pending]
+        self._pending = []  # only now: whoever interrupts the waiting must not get at the memory being written
+        for error in errors:
             if error is not None:
                 raise error
 
