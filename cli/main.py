@@ -17,6 +17,7 @@ from cli.group import Group
 # name: what it does. The module cli.NAME holds the click command as `command`; it is imported only to run it or to
 # show its help, since torch alone takes a second.
 COMMANDS = {
+    "prepare": "Turn text or conversations into tokens to train on.",
     "inspect": "Show a model's parameters, FLOPs and memory.",
     "bench": "Time the library beside others.",
     "doctor": "Check what this machine and installation can do.",
@@ -72,7 +73,8 @@ def explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, FAILURE
     message = " ".join(str(error).split()) or type(error).__name__
-    return message, USAGE if isinstance(error, ValueError) else FAILURE
+    # An error of fnlm's may say more than that the user can mend it: bad data, a bad checkpoint.
+    return message, getattr(error, "exit_code", USAGE) if isinstance(error, ValueError) else FAILURE
 
 
 def print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -102,7 +104,7 @@ def cli() -> None:
     """Language models as pure functions of an explicit dict of parameters.
 
     Results go to stdout, logs and errors to stderr. Exit codes: 0 done, 1 failure, 2 wrong usage or configuration,
-    3 does not work or fit on this machine, 130 interrupted.
+    3 does not work or fit on this machine, 4 bad data or checkpoint, 130 interrupted.
     """
 
 

@@ -93,6 +93,7 @@ __all__ = [
     "BPE",
     "CHAT_SPECIAL",
     "END_OF_TEXT",
+    "FILE",
     "IM_END",
     "IM_START",
     "NAMES",

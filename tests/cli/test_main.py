@@ -98,7 +98,7 @@ def test_the_version_is_known_without_an_installation(monkeypatch: pytest.Monkey
     ("words", "line"),
     [
         (["inspct"], "error: there is no command 'inspct'; did you mean 'inspect'? See 'fnlm --help'"),
-        (["zzz"], "error: there is no command 'zzz'; choose from inspect, bench, doctor; see 'fnlm --help'"),
+        (["zzz"], f"error: there is no command 'zzz'; choose from {', '.join(COMMANDS)}; see 'fnlm --help'"),
         (["bench", "stp"], "error: there is no command 'stp'; did you mean 'step'? See 'fnlm bench --help'"),
     ],
 )

@@ -1,0 +1,26 @@
+"""Data: files to tokens on disk, and tokens to batches, each batch a function of (key, step)."""
+
+from fnlm.data.batches import batch_at, sample_ids, window_count, window_starts, windows
+from fnlm.data.chat import conversations, prompt, render
+from fnlm.data.manifest import DataError, Dataset, Split, open, verify
+from fnlm.data.prefetch import prefetch
+from fnlm.data.prepare import Preparation, prepare
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Preparation",
+    "Split",
+    "batch_at",
+    "conversations",
+    "open",
+    "prefetch",
+    "prepare",
+    "prompt",
+    "render",
+    "sample_ids",
+    "verify",
+    "window_count",
+    "window_starts",
+    "windows",
+]

@@ -1,0 +1,82 @@
+"""The tokenizer of a preparation: named, loaded, or trained on the very texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+from fnlm import tokenizers
+from fnlm.data import chat
+from fnlm.data.manifest import DataError, dtype_of
+from fnlm.data.sources import pieces
+from fnlm.tokenizers import CHAT_SPECIAL, Tokenizer
+
+SAMPLE = 1 << 30
+"""Characters of text that a BPE tokenizer is trained on, at most."""
+
+
+def check(wanted: str) -> None:
+    """Raises ValueError, before anything is read, for a tokenizer that nothing can come of."""
+    name, _, rest = wanted.partition(":")
+    if name == "bpe":
+        _size(rest)
+    elif name not in tokenizers.NAMES and not Path(wanted).exists():
+        tokenizers.named(wanted)  # says what is meant
+
+
+def make_tokenizer(
+    wanted: str, more: Sequence[str], kind: str, files: list[Path], val_files: list[Path], say: Callable[[str], None]
+) -> Tokenizer:
+    """The tokenizer that `wanted` names, trained where it needs to be, with `more` special tokens.
+
+    For chat, ChatML's are added, except to a tokenizer.json: a model may know it already. Raises ValueError for an
+    unknown name, with the nearest.
+    """
+    name, _, rest = wanted.partition(":")
+    special = tuple(dict.fromkeys((*(CHAT_SPECIAL if kind == "chat" else ()), *more)))
+    if name in ("char", "bpe") and kind == "tokens":
+        raise ValueError("tokens have a tokenizer already; give --tokenizer gpt2, or the path of its tokenizer.json")
+    if name == "char":
+        return tokenizers.train("char", _learnt_from(kind, files + val_files), special=special)
+    if name == "bpe":
+        size = _size(rest)
+        say(f"training a tokenizer of {size:,} tokens")
+        both = tuple(dict.fromkeys((*CHAT_SPECIAL, *special)))
+        made = tokenizers.train("bpe", _sample(_learnt_from(kind, files)), size, both)
+        if made.vocab_size < size:
+            say(f"the text has no more pairs to merge: {made.vocab_size:,} tokens instead of {size:,}")
+        return made
+    if name in tokenizers.NAMES:
+        return tokenizers.extended(tokenizers.named(name, rest or None), special)
+    return tokenizers.extended(tokenizers.load(wanted), more)
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"bpe:{text} has no size; write bpe:16000 for a vocabulary of 16,000")
+    return int(text)
+
+
+def _learnt_from(kind: str, files: list[Path]) -> Iterator[str]:
+    if kind == "chat":
+        contents = (m["content"] for messages in chat.conversations(files) for m in messages)
+        return chain((role + "\n" for role in chat.ROLES), contents)
+    return (piece.text for piece in pieces(files))
+
+
+def _sample(texts: Iterable[str]) -> Iterator[str]:
+    size = 0
+    for text in texts:
+        yield text
+        size += len(text)
+        if size >= SAMPLE:
+            return
+
+
+def dtype_for(tokenizer: Tokenizer, wanted: str | None) -> str:
+    """How the ids are stored: as asked for, or as small as they fit. Raises DataError where they do not fit."""
+    needed = dtype_of(tokenizer.vocab_size)
+    if wanted == "uint16" and needed != wanted:
+        raise DataError(f"a vocabulary of {tokenizer.vocab_size} does not fit into uint16 (65535); leave --dtype out")
+    return wanted or needed
