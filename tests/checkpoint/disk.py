@@ -74,7 +74,7 @@ class Disk:
         if self.fault == "kill amid":
             self._do(name, half)
         if self.fault.startswith("power"):
-            self._lose_power()
+            self.lose_power()
         self.dead = True
         raise Killed
 
@@ -121,7 +121,8 @@ class Disk:
         self.real["link"](path, spare)
         return spare
 
-    def _lose_power(self) -> None:
+    def lose_power(self) -> None:
+        """What did not reach the disk is gone; all calls work again."""
         self.repair()
         for inode, fn in reversed(self.undo if self.fault == "power, names lost" else []):
             for folder in [p for p in (self.root, *self.root.rglob("*")) if p.is_dir() and p.stat().st_ino == inode]:

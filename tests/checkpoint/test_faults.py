@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,17 @@ def test_a_fault_at_every_call(start: Path, tmp_path: Path, kind: str, fault: Fa
     assert well and calls >= 25
     wrong = [at for at in range(calls) if not outcome(start, tmp_path / f"{at}", kind, at, fault)[1]]
     assert not wrong
+
+
+@pytest.mark.parametrize("what", ["all", "params"])
+def test_what_was_saved_outlives_a_loss_of_power(tmp_path: Path, what: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch, tmp_path, fault="power, names lost")
+    path = checkpoint.save(tmp_path / "run" / "checkpoints", state_at(1), config=CONFIG, what=what)
+    os.mkdir(tmp_path / "lost")
+    disk.lose_power()
+    assert not (tmp_path / "lost").exists()
+    checkpoint.verify(path)
+    assert checkpoint.newest_good(path.parent, what) == path
 
 
 FILES = ("params.safetensors", "params.frozen.safetensors", "opt_state.safetensors", "tree.json", "config.json")
