@@ -1,6 +1,6 @@
 """Data: files to tokens on disk, and tokens to batches, each batch a function of (key, step)."""
 
-from fnlm.data.batches import batch_at, sample_ids, window_count, window_starts, windows
+from fnlm.data.batches import batch_at, batches, sample_ids, window_count, window_starts, windows
 from fnlm.data.chat import conversations, prompt, render
 from fnlm.data.manifest import DataError, Dataset, Split, open, verify
 from fnlm.data.prefetch import prefetch
@@ -12,6 +12,7 @@ __all__ = [
     "Preparation",
     "Split",
     "batch_at",
+    "batches",
     "conversations",
     "open",
     "prefetch",

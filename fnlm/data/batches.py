@@ -16,7 +16,11 @@ from torch import Tensor
 
 from fnlm import random
 from fnlm.data.manifest import DataError, Split
+from fnlm.data.prefetch import prefetch
 from fnlm.types import Batch, Key
+
+TOGETHER = 64
+"""Steps whose windows are looked up at once: a lookup takes 2 ms, however many they are."""
 
 
 def window_count(split: Split, seq_len: int) -> int:
@@ -29,30 +33,34 @@ def window_count(split: Split, seq_len: int) -> int:
 
 def sample_ids(split: Split, seq_len: int, batch_size: int, key: Key, step: int) -> Tensor:
     """The numbers (B,) int64 of a batch's windows within their epoch; for logs."""
-    return _windows_of(split, seq_len, batch_size, key, step)[0]
+    return _windows_of(split, seq_len, key, _samples(batch_size, step))[0]
 
 
-def window_starts(split: Split, seq_len: int, batch_size: int, key: Key, step: int) -> Tensor:
-    """The first token (B,) int64 of each of a batch's windows."""
-    windows, offsets = _windows_of(split, seq_len, batch_size, key, step)
-    return offsets + windows * seq_len
+def window_starts(split: Split, seq_len: int, batch_size: int, key: Key, step: int, steps: int = 1) -> Tensor:
+    """The first token (B,) int64 of each of a batch's windows; of the windows of several `steps`, one after another."""
+    numbers, offsets = _windows_of(split, seq_len, key, _samples(batch_size, step, steps))
+    return offsets + numbers * seq_len
 
 
-def _windows_of(split: Split, seq_len: int, batch_size: int, key: Key, step: int) -> tuple[Tensor, Tensor]:
-    """Window numbers and the epoch's offset, (B,) each."""
+def _samples(batch_size: int, step: int, steps: int = 1) -> Tensor:
     if batch_size < 1 or step < 0:
         raise ValueError(f"batch_size={batch_size} must be at least 1 and step={step} at least 0")
+    return torch.arange(step * batch_size, (step + steps) * batch_size)
+
+
+def _windows_of(split: Split, seq_len: int, key: Key, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """The window numbers of consecutive samples, and their epochs' offsets."""
     count = window_count(split, seq_len)
     # An epoch leaves out fewer than two windows' tokens at the two ends; another offset, and they are met.
     spare = len(split.tokens) - 1 - count * seq_len
-    sample = torch.arange(step * batch_size, (step + 1) * batch_size)
-    windows, offsets = torch.empty_like(sample), torch.empty_like(sample)
-    for epoch in range(int(sample[0]) // count, int(sample[-1]) // count + 1):
-        here = sample // count == epoch
-        order, shift = random.split(random.fold_in(key, epoch))
-        windows[here] = random.shuffled_index(order, count, sample[here] % count)
-        offsets[here] = random.randint(shift, (), 0, spare + 1)
-    return windows, offsets
+    numbers, offsets = torch.empty_like(samples), torch.empty_like(samples)
+    for epoch in range(int(samples[0]) // count, int(samples[-1]) // count + 1):
+        here, own = samples // count == epoch, random.fold_in(key, epoch)
+        numbers[here] = random.shuffled_index(random.fold_in(own, 0), count, samples[here] % count)
+        # A key is 64 random bits: the remainder favours no offset by more than spare / 2**64.
+        low, high = random.fold_in(own, 1).tolist()
+        offsets[here] = (low + (high << 32)) % (spare + 1)
+    return numbers, offsets
 
 
 def batch_at(
@@ -63,10 +71,35 @@ def batch_at(
     An epoch has `window_count` windows of seq_len + 1 tokens, side by side from an offset of its own; each comes once.
     `rows` takes some rows of the batch, as a rank does. Raises DataError for an id outside the vocabulary.
     """
-    starts = window_starts(split, seq_len, batch_size, key, step)
+    return _at(split, seq_len, window_starts(split, seq_len, batch_size, key, step), rows)
+
+
+def batches(
+    split: Split,
+    seq_len: int,
+    batch_size: int,
+    key: Key,
+    start: int = 0,
+    stop: int | None = None,
+    rows: range | slice | None = None,
+    depth: int = 2,
+) -> Iterator[Batch]:
+    """`batch_at` of the steps from `start` on, made ahead in a thread; a tenth of its time, as orders are shared."""
+    known: dict[int, Tensor] = {}
+
+    def make(step: int) -> Batch:
+        first = step - step % TOGETHER
+        if first not in known:
+            known.clear()
+            known[first] = window_starts(split, seq_len, batch_size, key, first, TOGETHER).view(TOGETHER, batch_size)
+        return _at(split, seq_len, known[first][step - first], rows)
+
+    return prefetch(make, start, stop, depth)
+
+
+def _at(split: Split, seq_len: int, starts: Tensor, rows: range | slice | None) -> Batch:
     chosen = starts if rows is None else starts[rows.start : rows.stop : rows.step]
-    index = chosen.numpy()[:, None] + np.arange(seq_len + 1)
-    return _batch(split, index, None)
+    return _batch(split, chosen.numpy()[:, None] + np.arange(seq_len + 1), None)
 
 
 def windows(split: Split, seq_len: int, batch_size: int) -> Iterator[Batch]:

@@ -58,6 +58,14 @@ def test_the_samples_do_not_depend_on_how_they_are_grouped(a: int, b: int, start
     assert all(torch.equal(torch.cat(parts), x) for *parts, x in zip(*ranks, whole, strict=True))
 
 
+def test_batches_ahead_are_the_same() -> None:
+    split, key = split_of(700), fnlm.key(5)
+    ahead = data.batches(split, 9, 4, key, start=60, stop=70, rows=range(1, 3))
+    for step, batch in zip(range(60, 70), ahead, strict=True):
+        same = data.batch_at(split, 9, 4, key, step, rows=range(1, 3))
+        assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+
+
 def test_over_epochs_every_token_is_met() -> None:
     split, seen = split_of(103), Counter()
     for step in range(400):
