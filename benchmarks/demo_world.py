@@ -43,6 +43,11 @@ def story_ids(text: str, ids: dict[str, int]) -> Ids:
     return [(ids[w], 1) for w in [*words(text), END]]
 
 
+def told_ids(question: world.Question, ids: dict[str, int]) -> Ids:
+    """A question as stories ask it."""
+    return story_ids(question.messages[-1]["content"], ids)[:-1]
+
+
 def chat_ids(messages: list[dict[str, str]], ids: dict[str, int], reply: bool = False) -> Ids:
     """ChatML, learnt where the assistant speaks; with `reply` it ends where the assistant begins."""
     out: list[tuple[str, int]] = []
@@ -112,9 +117,10 @@ def answers(params: fnlm.Params, cfg: fnlm.ModelConfig, prompts: list[Ids], ids:
 
 
 def held_out(
-    params: fnlm.Params, cfg: fnlm.ModelConfig, asked: list[world.Question], ids: dict[str, int]
+    params: fnlm.Params, cfg: fnlm.ModelConfig, asked: list[world.Question], ids: dict[str, int], chat: bool
 ) -> dict[str, float]:
-    said = answers(params, cfg, [chat_ids(q.messages, ids, reply=True) for q in asked], ids)
+    prompts = [chat_ids(q.messages, ids, reply=True) if chat else told_ids(q, ids) for q in asked]
+    said = [text.split(" .")[0] for text in answers(params, cfg, prompts, ids)]
     return {kind: round(share, 3) for kind, share in world.score(said, asked).items()}
 
 
@@ -168,7 +174,7 @@ def main() -> None:
 
     def say(phase: str) -> Callable[[int, float, fnlm.Params], None]:
         def every(step: int, loss: float, params: fnlm.Params) -> None:
-            right = held_out(params, cfg, few, ids) if phase == "finetune" else {}
+            right = held_out(params, cfg, few, ids, chat=phase == "finetune")
             print(f"{phase} {time.perf_counter() - began:5.0f} s  step {step:5d}  loss {loss:.4f}  {right}", flush=True)
 
         return every
@@ -178,7 +184,7 @@ def main() -> None:
     params = train(params, cfg, second, make_second, args.seed, say("finetune"))
     seconds = time.perf_counter() - began
     result = {"seed": args.seed, "steps": [first.steps, second.steps], "seconds": round(seconds, 1)}
-    print(json.dumps(result | held_out(params, cfg, asked, ids)))
+    print(json.dumps(result | held_out(params, cfg, asked, ids, chat=True)))
     if args.show:
         shown = asked[:18]
         said = answers(params, cfg, [chat_ids(q.messages, ids, reply=True) for q in shown], ids)

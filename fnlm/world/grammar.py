@@ -11,8 +11,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 class Grammar(NamedTuple):
-    """What a story is made of: words, how many people it may have, which facts of each person it tells and in what
-    order (layouts, the shortest first), and the templates of each fact.
+    """What a story is made of: words, how many people it may have and how many questions follow it, which facts of each
+    person it tells and in what order (layouts, the shortest first), and the templates of each fact.
 
     Templates name a person {n}, another {m}, an object {o}, its colour {c} and a place {p}. The sentences of `owns` say
     everything after the object, as readers find sooner what follows a word than what precedes it. Entropy is exact when
@@ -24,6 +24,7 @@ class Grammar(NamedTuple):
     colours: tuple[str, ...]
     places: tuple[str, ...]
     people: tuple[int, ...]
+    asked: tuple[int, ...]
     layouts: tuple[tuple[str, ...], ...]
     has: tuple[str, ...]
     stays: tuple[str, ...]
@@ -43,6 +44,7 @@ ENGLISH = Grammar(
     colours=_words("red blue green yellow black white purple pink brown gold"),
     places=_words("garden kitchen market forest park library barn school tower cave house shop"),
     people=(1, 2, 3),
+    asked=(2, 3, 4, 5, 6),
     layouts=(("both", "owns"), ("has", "owns", "stays"), ("has", "stays", "owns"), ("stays", "has", "owns")),
     has=("{n} has a {c} {o}.", "{n} found a {c} {o}.", "{n} holds a {c} {o}."),
     stays=("{n} is in the {p}.", "{n} sits in the {p}."),
@@ -67,21 +69,28 @@ def _ranked(words: tuple[str, ...], *key: str) -> tuple[str, ...]:
     return tuple(sorted(words, key=lambda word: sha256(" ".join((*key, word)).encode()).digest()))
 
 
-def allowed_colours(grammar: Grammar, thing: str) -> tuple[str, ...]:
-    """The colours that an object has in training texts: all but one, chosen by hash."""
-    return _ranked(grammar.colours, thing)[1:]
-
-
-def allowed_places(grammar: Grammar, name: str, things: Sequence[str]) -> tuple[str, ...]:
-    """Where a person who ever holds these objects may ever be in a training text.
-
-    For one object all places but one, chosen by a hash of person and object. Each further object takes away exactly one
-    more, though it may hold out the same place: the number of choices, and so the entropy, depends on no word.
-    """
-    left = list(grammar.places)
-    for thing in things:
-        left.remove(next(place for place in _ranked(grammar.places, name, thing) if place in left))
+def _without(ranked: Sequence[str], taken: Sequence[str]) -> tuple[str, ...]:
+    """The words but those taken; in place of one that is gone already, the next in rank goes. So the number of words
+    left, and with it the entropy, depends on no word."""
+    left = list(ranked)
+    for word in taken:
+        left.remove(word if word in left else left[0])
     return tuple(left)
+
+
+def allowed_colours(grammar: Grammar, thing: str, used: Sequence[str] = ()) -> tuple[str, ...]:
+    """The colours that an object has in training texts: all but one, chosen by hash, and not those of other objects."""
+    ranked = _ranked(grammar.colours, thing)
+    return _without(ranked, (ranked[0], *used))
+
+
+def allowed_places(grammar: Grammar, name: str, things: Sequence[str], used: Sequence[str] = ()) -> tuple[str, ...]:
+    """Where a person who ever holds these objects may ever be in a training text, and nobody else is.
+
+    For each object all places but one, chosen by a hash of person and object.
+    """
+    held_out = [_ranked(grammar.places, name, thing)[0] for thing in things]
+    return _without(_ranked(grammar.places, name, things[0]), (*held_out, *used))
 
 
 def is_held_out(grammar: Grammar, name: str, thing: str, place: str) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from fnlm.world.choices import Choices
 from fnlm.world.grammar import ENGLISH, NUMBERS, Grammar
 from fnlm.world.scene import Scene
 
@@ -55,10 +54,7 @@ KINDS: dict[str, Kind] = {
     ),
     "owner": Kind(_OWNER, "The {o} belongs to {n}.", "objects", "names", lambda s, i: not _given(s, i)),
     "owner-after-give": Kind(_OWNER, "The {o} belongs to {n}.", "objects", "names", _given),
-    "which-by-colour": Kind(
-        ("Which thing is {c}?", "What is {c}?"), "The {o} is {c}.", "objects", "objects",
-        lambda s, i: s.colours.count(s.colours[i]) == 1,
-    ),
+    "which-by-colour": Kind(("Which thing is {c}?", "What is {c}?"), "The {o} is {c}.", "objects", "objects"),
     "where-object": Kind(
         ("Where is the {o}?", "Where is the {o} now?"), "The {o} belongs to {n}, and {n} is in the {p}.",
         "objects", "places",
@@ -67,8 +63,6 @@ KINDS: dict[str, Kind] = {
         ("How many things does {n} have?",), "{n} has {things}.", "people", "numbers", lambda s, i: s.giver >= 0
     ),
 }  # fmt: skip
-# Whether a colour occurs once depends on words, so that the entropy of a story with this question would, too.
-STORY_KINDS = tuple(kind for kind in KINDS if kind != "which-by-colour")
 
 
 def subjects(scene: Scene, kind: str) -> list[int]:
@@ -93,14 +87,15 @@ def _fields(scene: Scene, kind: str, subject: int) -> dict[str, str]:
     return fields if thing is None else {**fields, "o": scene.objects[thing], "c": scene.colours[thing]}
 
 
-def phrase(choices: Choices, scene: Scene, kind: str, subject: int) -> str:
-    """The question."""
-    return choices.fill(KINDS[kind].ask).format(**_fields(scene, kind, subject))
+def exchange(scene: Scene, kind: str, subject: int, asked: str) -> tuple[str, str]:
+    """A question after the template `asked`, and its answer, one sentence."""
+    fields = _fields(scene, kind, subject)
+    return asked.format(**fields), KINDS[kind].answer.format(**fields)
 
 
-def answer(scene: Scene, kind: str, subject: int) -> str:
-    """The answer, one sentence."""
-    return KINDS[kind].answer.format(**_fields(scene, kind, subject))
+def all_questions(scene: Scene, kinds: Iterable[str] = KINDS) -> list[tuple[str, int, str]]:
+    """Every question of these kinds, in each phrasing: arguments of `exchange`."""
+    return [(kind, i, asked) for kind in kinds for i in subjects(scene, kind) for asked in KINDS[kind].ask]
 
 
 def score(answers: Sequence[str], questions: Sequence[Question], grammar: Grammar = ENGLISH) -> dict[str, float]:

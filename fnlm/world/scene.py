@@ -8,8 +8,8 @@ from typing import NamedTuple
 from fnlm.world.choices import Choices
 from fnlm.world.grammar import Grammar, allowed_colours, allowed_places
 
-PlacesOf = Callable[[Grammar, str, Sequence[str]], Sequence[str]]
-ColoursOf = Callable[[Grammar, str], Sequence[str]]
+PlacesOf = Callable[[Grammar, str, Sequence[str], Sequence[str]], Sequence[str]]
+ColoursOf = Callable[[Grammar, str, Sequence[str]], Sequence[str]]
 
 
 class Scene(NamedTuple):
@@ -54,19 +54,23 @@ def make_scene(
     places_of: PlacesOf = allowed_places,
     colours_of: ColoursOf = allowed_colours,
 ) -> Scene:
-    """A scene whose people are only ever where `places_of` allows, for every object that they ever hold."""
+    """A scene where no two people share a place, and no two objects a colour; people are only ever where `places_of`
+    allows, for every object that they ever hold."""
     count = choices.branch(grammar.people)
     everyone = range(count)
     events = choices.branch(events_for(count))
     names, objects = (_distinct(choices, words, count) for words in (grammar.names, grammar.objects))
-    colours = tuple(choices.fill(colours_of(grammar, thing)) for thing in objects)
+    colours: tuple[str, ...] = ()
+    for thing in objects:
+        colours += (choices.fill(colours_of(grammar, thing, colours)),)
     giver = choices.branch(everyone) if "give" in events else -1
     receiver = choices.branch([i for i in everyone if i != giver]) if "give" in events else -1
     mover = choices.branch(everyone) if "move" in events else -1
     held = [[objects[i], objects[giver]] if i == receiver else [objects[i]] for i in everyone]
-    reach = [places_of(grammar, names[i], held[i]) for i in everyone]
-    places = tuple(choices.fill(reach[i]) for i in everyone)
-    elsewhere = [place for place in reach[mover] if place != places[mover]] if mover >= 0 else [""]
+    places: tuple[str, ...] = ()
+    for i in everyone:
+        places += (choices.fill(places_of(grammar, names[i], held[i], places)),)
+    elsewhere = places_of(grammar, names[mover], held[mover], places) if mover >= 0 else ("",)
     return Scene(names, objects, colours, places, events, mover, choices.fill(elsewhere), giver, receiver)
 
 

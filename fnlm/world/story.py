@@ -1,4 +1,4 @@
-"""Stories: two to eight sentences about a scene, every second one with a question and its answer at the end."""
+"""Stories: two to eight sentences about a scene, then a few questions with their answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from fnlm.world.choices import Choices, Draw, every
 from fnlm.world.grammar import ENGLISH, Grammar
-from fnlm.world.questions import STORY_KINDS, answer, phrase, subjects
+from fnlm.world.questions import all_questions, exchange
 from fnlm.world.scene import Scene, make_scene
 
 MOST_AT_LENGTH = 2  # of more people the shortest layout tells: eight sentences are soon full
@@ -49,10 +49,11 @@ def write(choices: Choices, grammar: Grammar) -> str:
     """One story."""
     scene = make_scene(choices, grammar)
     sentences = tell(choices, grammar, scene)
-    if choices.branch((True, False)):
-        kind = choices.branch([kind for kind in STORY_KINDS if subjects(scene, kind)])
-        subject = choices.branch(subjects(scene, kind))
-        sentences += [phrase(choices, scene, kind, subject), answer(scene, kind, subject)]
+    left = all_questions(scene)
+    for _ in range(choices.branch(grammar.asked)):
+        question = choices.fill(left)
+        left.remove(question)
+        sentences += exchange(scene, *question)
     return " ".join(sentences)
 
 
