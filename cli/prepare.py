@@ -104,7 +104,13 @@ def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
     for name, split in manifest["splits"].items():
         per = split["bytes"] / max(1, split["tokens"])
         rows.append(
-            [name, f"{split['tokens']:,}", f"{split['documents']:,}", in_si(split["bytes"]) + "B", f"{per:.2f}"]
+            [
+                name,
+                f"{split['tokens']:,}",
+                f"{split['documents']:,}",
+                in_si(split["bytes"]) + ("B" if split["bytes"] >= 1000 else " B"),
+                f"{per:.2f}",
+            ]
         )
         if split["mask"]:
             rows[-1].append(f"{100 * split['learnt'] / split['tokens']:.0f} %")

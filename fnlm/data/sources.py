@@ -167,8 +167,12 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise DataError(f"{file}: reading .parquet needs pyarrow; install it, or convert to .jsonl") from error
+    try:
+        table = parquet.ParquetFile(file)
+    except ValueError as error:  # pyarrow's own errors are such
+        raise DataError(f"{file} is not a .parquet file: {error}") from error
     number = 0
-    for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+    for batch in table.iter_batches(batch_size=256):
         for row in batch.to_pylist():
             number += 1
             yield f"{file}, row {number}", row

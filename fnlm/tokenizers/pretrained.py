@@ -6,7 +6,9 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,8 @@ DIGEST = {
     "cl100k": "070eb8c6843984b6ec907c3ec9d4abdba6017c6a0ef24e02641cd336db6e38ce",
 }
 FILES = {"gpt2": "vocab.bpe (and encoder.json)", "cl100k": "cl100k_base.tiktoken"}
+THREADED = 1 << 15
+"""Characters above which starting threads pays."""
 _LIBRARY_NAME = {"gpt2": "gpt2", "cl100k": "cl100k_base"}
 _PATTERN = {"gpt2": GPT2_PATTERN, "cl100k": CL100K_PATTERN}
 
@@ -67,9 +71,17 @@ class Pretrained(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """On all threads."""
-        if len(texts) == 1:  # starting threads costs more than a prompt
-            return [self._library.encode_ordinary(texts[0])]
-        return self._library.encode_ordinary_batch(list(texts))
+        threads = os.cpu_count() or 1
+        if threads == 1 or sum(map(len, texts)) < THREADED:
+            return self._encode_all(texts)
+        # A few parts for each thread: tiktoken's own batches hand over text by text, which costs a quarter of the time.
+        part = -(-len(texts) // (8 * threads))
+        with ThreadPoolExecutor(threads) as pool:
+            parts = pool.map(self._encode_all, [texts[i : i + part] for i in range(0, len(texts), part)])
+            return [ids for rows in parts for ids in rows]
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._library.encode_ordinary(text) for text in texts]
 
     @cached_property
     def json(self) -> str:

@@ -174,6 +174,8 @@ def test_gpt2_from_its_files(test_data: Path, tmp_path: Path) -> None:
     text = (test_data / "text" / "wikitext2-raw-validation.txt").read_text(encoding="utf-8")[:100_000] + TEXTS[1]
     assert again.encode(text) == t.encode(text) == theirs.encode(text).ids
     assert t.decode(t.encode(text)) == text
+    parts = [text[i : i + 700] for i in range(0, len(text), 700)]
+    assert t.encode_batch(parts) == [t.encode(part) for part in parts]  # by several threads
     lines = (test_data / "vocab" / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     ranks = {token: i for i, token in enumerate(t.table[:50256])}
     assert [f"{to_text(a)} {to_text(b)}" for a, b in merges_of(ranks)] == [line for line in lines if line]
