@@ -103,15 +103,9 @@ def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
     rows = [["split", "tokens", "documents", "text", "bytes a token"]]
     for name, split in manifest["splits"].items():
         per = split["bytes"] / max(1, split["tokens"])
-        rows.append(
-            [
-                name,
-                f"{split['tokens']:,}",
-                f"{split['documents']:,}",
-                in_si(split["bytes"]) + ("B" if split["bytes"] >= 1000 else " B"),
-                f"{per:.2f}",
-            ]
-        )
+        counts = [f"{split[what]:,}" for what in ("tokens", "documents")]
+        size = in_si(split["bytes"]) + ("B" if split["bytes"] >= 1000 else " B")
+        rows.append([name, *counts, size, f"{per:.2f}"])
         if split["mask"]:
             rows[-1].append(f"{100 * split['learnt'] / split['tokens']:.0f} %")
     if len(rows[-1]) > len(rows[0]):
