@@ -66,6 +66,18 @@ def test_batches_ahead_are_the_same() -> None:
         assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
 
 
+def test_resumed_at_nine_tenths_every_document_counts_in_later_epochs() -> None:
+    documents, split, key = 50, split_of(2000), fnlm.key(9)  # of 40 tokens each
+    count = data.window_count(split, 20)
+    met: list[Counter[int]] = [Counter() for _ in range(3)]
+    halt = int(0.9 * count)  # of batches of one window
+    for start, stop in ((0, halt), (halt, 3 * count)):
+        for step, batch in enumerate(data.batches(split, 20, 1, key, start, stop), start):
+            met[step // count].update((batch.targets // 40).flatten().tolist())
+    assert all(set(epoch) == set(range(documents)) for epoch in met)
+    assert [sum(epoch.values()) for epoch in met] == [count * 20] * 3
+
+
 def test_over_epochs_every_token_is_met() -> None:
     split, seen = split_of(103), Counter()
     for step in range(400):
