@@ -7,7 +7,6 @@ backward pass alive (a quarter more memory) and is for analysis.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -39,15 +38,12 @@ class Plan:
     """How a step is carried out: the dtype parameters compute in, the pieces a batch is cut into, and donation.
 
     Parameters rest in their own dtype (float32); they are cast once a step, and the loss is computed in float32.
-    `workers`: on a CPU, threads that share each piece by rows, each with one core to itself: faster than sharing every
-    product where products are small, and on a busy machine. The loss must be a pure function (no torch.nn dropout).
     `keep_memory`: on a CPU, the first step calls `fnlm.machine.keep_freed_memory`, which holds for the whole process.
     `fp16` scales the loss; an overflow halves the scale and skips the step, `scale_every` good steps double it.
     """
 
     precision: Precision = "fp32"
     micro_batches: int = 1
-    workers: int = 1
     donate: bool = True
     keep_memory: bool = True
     use: Use = identity
@@ -56,9 +52,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.precision not in DTYPES:
             raise ValueError(f"precision={self.precision!r} is unknown{did_you_mean(self.precision, list(DTYPES))}")
-        for name in ("micro_batches", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches={self.micro_batches} must be at least 1")
 
 
 class LossScale(NamedTuple):
@@ -86,31 +81,24 @@ def value_and_grad(loss: Loss, plan: Plan = Plan()) -> Callable[..., tuple[Tenso
     weights, so ragged and masked pieces give what one big batch gives. Gradients are in the dtype computed in, for one
     piece, or float32 sums for several, and multiplied by `scale` where given. Inputs are not changed.
     """
-    pool: list[ThreadPoolExecutor] = []  # made at the first call that needs it
 
     def run(
         params: Params, batch: Batch | Sequence[Batch], key: Key | None = None, scale: Tensor | None = None
     ) -> tuple[Tensor, Params]:
-        pieces = [part for piece in _pieces(batch, plan.micro_batches) for part in _rows(piece, plan.workers)]
+        pieces = _pieces(batch, plan.micro_batches)
         keys = _sample_keys(key, pieces)
         if len(pieces) == 1:
             return _one(loss, _live(params, plan.precision), pieces[0], keys[0], plan.use, scale)
-        if plan.workers > 1 and not pool:
-            pool.append(ThreadPoolExecutor(plan.workers, initializer=torch.set_num_threads, initargs=(1,)))
-        shared, shares = _live(params, plan.precision), _shares(pieces, _wide(next(iter(params.values())).dtype))
-
-        def part(piece: Batch, key: Key | None, share: Tensor) -> tuple[Tensor, Params]:
-            factor = share if scale is None else share * scale
-            value, grads = _one(loss, dict(shared), piece, key, plan.use, factor)
-            return value * share, grads
-
-        results = (pool[0].map if pool else map)(part, pieces, keys, shares)
-        value, sums = next(results := iter(results))
-        grads = {k: g.to(_wide(params[k].dtype), copy=True) for k, g in sums.items()}
-        for more, summands in results:
-            value = value + more
-            for k, g in summands.items():
-                grads[k] += g
+        shared = _live(params, plan.precision)
+        parts = torch.stack([p.weights.sum(dtype=torch.float64) for p in pieces])
+        shares = parts / torch.where(parts.sum() > 0, parts.sum(), 1)
+        grads = {k: torch.zeros_like(v, dtype=_wide(v.dtype)) for k, v in params.items()}
+        value = torch.zeros((), dtype=max((g.dtype for g in grads.values()), key=lambda d: d.itemsize))
+        for piece, k, share in zip(pieces, keys, shares.to(value.dtype), strict=True):
+            part, part_grads = _one(loss, dict(shared), piece, k, plan.use, share if scale is None else share * scale)
+            value = value + part * share
+            for name in grads:
+                grads[name] += part_grads.pop(name)
         return value, grads
 
     return run
@@ -157,18 +145,6 @@ def _pieces(batch: Batch | Sequence[Batch], n: int) -> list[Batch]:
     if rows % n:
         raise ValueError(f"a batch of {rows} rows is not divisible into {n} micro-batches; choose a divisor of {rows}")
     return [batch] if n == 1 else [Batch(*parts) for parts in zip(*(x.chunk(n) for x in batch), strict=True)]
-
-
-def _rows(piece: Batch, workers: int) -> list[Batch]:
-    """A piece cut into one part per worker, at most one per row."""
-    n = min(workers, piece.tokens.shape[0])
-    return [piece] if n == 1 else [Batch(*parts) for parts in zip(*(x.tensor_split(n) for x in piece), strict=True)]
-
-
-def _shares(pieces: list[Batch], dtype: torch.dtype) -> list[Tensor]:
-    """Each piece's part of all weights; they sum to 1, or are all 0."""
-    parts = torch.stack([p.weights.sum(dtype=torch.float64) for p in pieces])
-    return list((parts / torch.where(parts.sum() > 0, parts.sum(), 1)).to(dtype).unbind())
 
 
 def _sample_keys(key: Key | None, pieces: list[Batch]) -> list[Key | None]:

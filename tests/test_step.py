@@ -68,38 +68,6 @@ def test_micro_batches_equal_the_big_batch(n: int, dtype: torch.dtype, atol: flo
     assert largest > 1e-2
 
 
-@pytest.mark.parametrize("wet", [False, True])
-@pytest.mark.parametrize(("micro_batches", "workers"), [(1, 2), (1, 4), (1, 9), (2, 2), (6, 2)])
-def test_workers_compute_what_one_thread_does(micro_batches: int, workers: int, wet: bool) -> None:
-    """Rows shared unevenly, or fewer than there are workers; dropout follows the row."""
-    cfg = case("ngrams", **(WET if wet else DRY))
-    params, loss, batch = some(cfg), fnlm.make_lm_loss(cfg), ragged(dtype=torch.float64)
-    value, grads = fnlm.value_and_grad(loss)(params, batch, fnlm.key(1))
-    run = fnlm.value_and_grad(loss, fnlm.Plan(micro_batches=micro_batches, workers=workers))
-    for _ in range(2):
-        got, got_grads = run(params, batch, fnlm.key(1))
-        assert abs(float(got) - float(value)) < 1e-12
-        assert worst(got_grads, grads) < 1e-12
-
-
-def test_an_error_in_a_worker_is_the_callers() -> None:
-    def loss(params: fnlm.Params, batch: fnlm.Batch, key: Any, use: Any) -> Tensor:
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        fnlm.value_and_grad(loss, fnlm.Plan(workers=2))(some(case()), ragged())
-
-
-def test_workers_leave_the_callers_threads_alone() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        fnlm.value_and_grad(fnlm.make_lm_loss(case()), fnlm.Plan(workers=2))(some(case()), ragged())
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_unequal_batches_in_a_list_equal_the_big_batch() -> None:
     cfg, big = case(), ragged(dtype=torch.float64)
     params, loss = some(cfg), fnlm.make_lm_loss(cfg)
