@@ -119,19 +119,27 @@ def _attend(
     weight = torch.cat([p["attn.q.weight"], p["attn.k.weight"], p["attn.v.weight"]])
     bias = torch.cat([p["attn.q.bias"], p["attn.k.bias"], p["attn.v.bias"]]) if cfg.bias else None
     qkv = rearrange(F.linear(pvary(x, axes.tensor), weight, bias), "B T (A K) -> B T A K", K=cfg.head_dim)
-    qk, v = qkv.split([n_q + n_kv, n_kv], 2)
-    if cfg.qk_norm and not cfg.norm_affine:
-        qk = norm(p, "attn.q_norm", qk, cfg)
-    elif cfg.qk_norm:
-        parts = zip(("attn.q_norm", "attn.k_norm"), qk.split([n_q, n_kv], 2), strict=True)
-        qk = torch.cat([norm(p, name, part, cfg, axes.tensor) for name, part in parts], 2)
-    if places.rotation is not None:
-        cos, sin = (x[:, None] for x in places.rotation)
-        qk = rotate(qk, cos, sin, compute.kernels == "auto" and not needs_plain())
-    q, k = qk.split([n_q, n_kv], 2)
+    if cfg.qk_norm or places.rotation is not None:
+        qk, v = qkv.split([n_q + n_kv, n_kv], 2)
+        q, k = _turn(p, qk, n_q, cfg, places, axes, compute).split([n_q, n_kv], 2)
+    else:
+        q, k, v = qkv.split([n_q, n_kv, n_kv], 2)
     y = attention(q, k, v, cfg, places, compute.kernels, key)
     out = psum(F.linear(y, p["attn.out.weight"]), axes.tensor)
     return out + p["attn.out.bias"] if cfg.bias else out
+
+
+def _turn(p: Params, qk: Tensor, n_q: int, cfg: ModelConfig, places: Places, axes: Axes, compute: Compute) -> Tensor:
+    """QK norm and rotation of queries and keys together, (B, T, H + H_kv, K)."""
+    if cfg.qk_norm and not cfg.norm_affine:
+        qk = norm(p, "attn.q_norm", qk, cfg)
+    elif cfg.qk_norm:
+        q, k = qk.tensor_split([n_q], 2)
+        qk = torch.cat([norm(p, "attn.q_norm", q, cfg, axes.tensor), norm(p, "attn.k_norm", k, cfg, axes.tensor)], 2)
+    if places.rotation is None:
+        return qk
+    cos, sin = (x[:, None] for x in places.rotation)
+    return rotate(qk, cos, sin, compute.kernels == "auto" and not needs_plain())
 
 
 def norm(p: Params, name: str, x: Tensor, cfg: ModelConfig, axis: Axis | None = None) -> Tensor:
