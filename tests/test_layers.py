@@ -17,9 +17,9 @@ FLOORS = (
     "tree",
     "random < dropout | config < overrides | collectives | compiling | kernels | machine",
     "attention < blocked < mlp < sublayers < forward < losses | optim | sharding | tokenizers",
-    "params < presets | sampling | data | world | interop",
-    "step | generate | evaluate | checkpoint | lift | budget",
-    "loop | track | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
+    "params < presets | sampling | data | world | interop | decode",
+    "step | generate | evaluate | checkpoint < trained | lift | budget",
+    "track < loop | report | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names
     "cli | webui",
 )

@@ -72,6 +72,11 @@ def is_committed(path: Path) -> bool:
     return True
 
 
+def is_any(folder: str | Path) -> bool:
+    """Whether a folder holds at least one checkpoint whose files were all written."""
+    return any(is_committed(path) for path in folders(Path(folder)))
+
+
 def _problems(path: Path) -> Iterator[str]:
     for name, entry in manifest(path)["files"].items():
         file = path / name

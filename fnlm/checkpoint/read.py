@@ -17,6 +17,7 @@ from fnlm.checkpoint.write import dtype_name
 from fnlm.config import ModelConfig, did_you_mean
 from fnlm.types import Params, TrainState, Tree
 
+_AVERAGE = "/ema/average/"  # in the path of a tensor of `optim.ema_params`
 ROWS = 20  # of a table of differences
 _log = logging.getLogger(__name__)
 
@@ -47,14 +48,20 @@ def restore(path: str | Path, like: TrainState, partial: bool = False) -> tuple[
     return TrainState(torch.tensor(about["step"]), params, opt_state, key), extra
 
 
-def load_params(path: str | Path) -> tuple[ModelConfig, Params, dict[str, Any]]:
-    """The model of a checkpoint, or of a run's newest: its config, its parameters in forward order, and `extra`."""
+def load_params(path: str | Path, average: bool = False) -> tuple[ModelConfig, Params, dict[str, Any]]:
+    """The model of a checkpoint, or of a run's newest: its config, its parameters in forward order, and `extra`.
+
+    `average`: the moving average of the parameters in their place, where the optimizer state has one (`ema`).
+    """
     path = layout.resolve(path, "params")
     about = layout.describe(path)
     config = layout.read_json(path, layout.CONFIG)
     if "model" not in config:
         raise CheckpointError(f"{path / layout.CONFIG} has no 'model'; save with config={{'model': asdict(cfg), ...}}")
     params = {k.removeprefix("params/"): v for k, v in _read(path, about, "params/").items()}
+    if average and any(_AVERAGE in k for k in about["tensors"]):
+        averaged = {k.split(_AVERAGE)[1]: v for k, v in _read(path, about).items() if _AVERAGE in k}
+        params = {k: averaged[k].to(p.dtype) for k, p in params.items()}
     return model_config(config["model"]), params, about["extra"]
 
 
