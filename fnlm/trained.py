@@ -50,7 +50,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Trained:
-    """The model of a checkpoint, or of a run: its best checkpoint where evaluation marked one, else the newest good one.
+    """The model of a checkpoint, or of a run: its best checkpoint where one is marked, else the newest good one.
 
     `average`: the moving average of the parameters, where the run kept one (`ema`). Raises CheckpointError where there
     is no model, or no tokenizer beside it, in one line that says what to do.
