@@ -19,8 +19,10 @@ Which = Literal["best", "newest"]
 
 
 class Trained(NamedTuple):
-    """A model to sample from, evaluate or finetune. `params` rest in float32 unless asked otherwise; `extra` is what the
-    run noted at that step (losses, tokens seen); `config` the run's whole config.json."""
+    """A model to sample from, evaluate or finetune, and where it comes from.
+
+    `extra` is what the run noted at that step (losses, tokens seen), `config` the run's whole config.json.
+    """
 
     cfg: ModelConfig
     params: Params
