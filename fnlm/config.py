@@ -163,6 +163,7 @@ class TrainConfig:
     steps: int
     batch_size: int
     micro_batches: int = 1
+    ramp: tuple[tuple[int, int], ...] = ()  # (until step, sequences of a step) pieces before the full size
     optimizer: Optimizer = "adamw"
     lr: float = 1e-3
     min_lr: float = 0.0
@@ -185,12 +186,25 @@ class TrainConfig:
         _check_choices(self)
         for name in ("steps", "batch_size", "micro_batches", "muon_steps"):
             _at_least(self, name, 1)
+        check_ramp(self.ramp)
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup={self.warmup} does not fit into steps={self.steps}; choose 0 to {self.steps}")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is not a probability below 1")
+
+
+def check_ramp(ramp: Sequence[Sequence[int]], name: str = "ramp") -> None:
+    """Raises ValueError unless `ramp` is made of (until step, size) pairs of whole numbers, the steps rising."""
+    before = 0
+    for pair in ramp:
+        if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
+            raise ValueError(f"{name} has {pair!r}; write (until step, sequences) pairs such as [[100, 4], [300, 8]]")
+        until, size = pair
+        if until <= before or size < 1:
+            raise ValueError(f"{name} has ({until}, {size}) after step {before}; choose a later step and a size >= 1")
+        before = until
 
 
 C = TypeVar("C")

@@ -118,6 +118,22 @@ def test_wrong_computes_are_refused(wrong: dict[str, Any], message: str) -> None
         fnlm.Compute(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("ramp", "message"),
+    [
+        (((0, 4),), "ramp has (0, 4) after step 0; choose a later step"),
+        (((10, 4), (10, 8)), "ramp has (10, 8) after step 10; choose a later step"),
+        (((10, 0),), "ramp has (10, 0) after step 0; choose a later step and a size >= 1"),
+        (((10,),), "ramp has (10,); write (until step, sequences) pairs"),
+        (((10, 2.5),), "ramp has (10, 2.5); write"),
+    ],
+)
+def test_wrong_ramps_are_refused(ramp: Any, message: str) -> None:
+    assert fnlm.TrainConfig(steps=10, batch_size=2, ramp=((10, 4), (30, 2))).ramp[1] == (30, 2)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fnlm.TrainConfig(steps=10, batch_size=2, ramp=ramp)
+
+
 def test_overrides() -> None:
     cfg = fnlm.override(fnlm.PRESETS["gpt2"], n_layers=2, vocab_size=100)
     assert (cfg.n_layers, cfg.vocab_size, cfg.d_model) == (2, 100, 768)

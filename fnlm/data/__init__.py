@@ -5,11 +5,13 @@ from fnlm.data.chat import conversations, prompt, render
 from fnlm.data.manifest import DataError, Dataset, Split, open, verify
 from fnlm.data.prefetch import prefetch
 from fnlm.data.prepare import Preparation, prepare
+from fnlm.data.sizes import Sizes
 
 __all__ = [
     "DataError",
     "Dataset",
     "Preparation",
+    "Sizes",
     "Split",
     "batch_at",
     "batches",

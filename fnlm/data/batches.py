@@ -1,7 +1,7 @@
 """Batches as a pure function of (key, step): every window of the text once an epoch, in an order that needs no memory.
 
-Samples are numbered through all epochs; a batch is a range of numbers, so that any batch size, any split of a batch
-over ranks and any resumed run meet the same windows in the same order.
+Samples are numbered through all epochs; a batch is a range of numbers, so that any batch size, also one that changes on
+the way (`Sizes`), any split of a batch over ranks and any resumed run meet the same windows in the same order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from fnlm import random
 from fnlm.data.manifest import DataError, Split
 from fnlm.data.prefetch import prefetch
+from fnlm.data.sizes import Sizes, sizes_of
 from fnlm.types import Batch, Key
 
 TOGETHER = 64
@@ -31,21 +32,22 @@ def window_count(split: Split, seq_len: int) -> int:
     return max(1, (n - seq_len) // seq_len)
 
 
-def sample_ids(split: Split, seq_len: int, batch_size: int, key: Key, step: int) -> Tensor:
+def sample_ids(split: Split, seq_len: int, batch_size: int | Sizes, key: Key, step: int) -> Tensor:
     """The numbers (B,) int64 of a batch's windows within their epoch; for logs."""
     return _windows_of(split, seq_len, key, _samples(batch_size, step))[0]
 
 
-def window_starts(split: Split, seq_len: int, batch_size: int, key: Key, step: int, steps: int = 1) -> Tensor:
+def window_starts(split: Split, seq_len: int, batch_size: int | Sizes, key: Key, step: int, steps: int = 1) -> Tensor:
     """The first token (B,) int64 of each of a batch's windows; of the windows of several `steps`, one after another."""
     numbers, offsets = _windows_of(split, seq_len, key, _samples(batch_size, step, steps))
     return offsets + numbers * seq_len
 
 
-def _samples(batch_size: int, step: int, steps: int = 1) -> Tensor:
-    if batch_size < 1 or step < 0:
-        raise ValueError(f"batch_size={batch_size} must be at least 1 and step={step} at least 0")
-    return torch.arange(step * batch_size, (step + steps) * batch_size)
+def _samples(batch_size: int | Sizes, step: int, steps: int = 1) -> Tensor:
+    if step < 0:
+        raise ValueError(f"step={step} must be at least 0")
+    sizes = sizes_of(batch_size)
+    return torch.arange(sizes.first(step), sizes.first(step + steps))
 
 
 def _windows_of(split: Split, seq_len: int, key: Key, samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +66,7 @@ def _windows_of(split: Split, seq_len: int, key: Key, samples: Tensor) -> tuple[
 
 
 def batch_at(
-    split: Split, seq_len: int, batch_size: int, key: Key, step: int, rows: range | slice | None = None
+    split: Split, seq_len: int, batch_size: int | Sizes, key: Key, step: int, rows: range | slice | None = None
 ) -> Batch:
     """The batch of a step: (B, T) tokens, the next tokens as targets, and weights: the mask, or ones.
 
@@ -77,22 +79,27 @@ def batch_at(
 def batches(
     split: Split,
     seq_len: int,
-    batch_size: int,
+    batch_size: int | Sizes,
     key: Key,
     start: int = 0,
     stop: int | None = None,
     rows: range | slice | None = None,
     depth: int = 2,
 ) -> Iterator[Batch]:
-    """`batch_at` of the steps from `start` on, made ahead in a thread; a tenth of its time, as orders are shared."""
+    """`batch_at` of the steps from `start` on, made ahead in a thread; a tenth of its time, as orders are shared.
+
+    Where the batch size changes, `slice(rank, None, ranks)` as `rows` gives every rank its part of each batch.
+    """
     known: dict[int, Tensor] = {}
+    sizes = sizes_of(batch_size)
 
     def make(step: int) -> Batch:
         first = step - step % TOGETHER
         if first not in known:
             known.clear()
-            known[first] = window_starts(split, seq_len, batch_size, key, first, TOGETHER).view(TOGETHER, batch_size)
-        return _at(split, seq_len, known[first][step - first], rows)
+            known[first] = window_starts(split, seq_len, sizes, key, first, TOGETHER)
+        at = sizes.first(step) - sizes.first(first)
+        return _at(split, seq_len, known[first][at : at + sizes.at(step)], rows)
 
     return prefetch(make, start, stop, depth)
 

@@ -58,6 +58,50 @@ def test_the_samples_do_not_depend_on_how_they_are_grouped(a: int, b: int, start
     assert all(torch.equal(torch.cat(parts), x) for *parts, x in zip(*ranks, whole, strict=True))
 
 
+PIECES = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), max_size=4)
+
+
+def sizes_from(gaps: list[tuple[int, int]], last: int) -> data.Sizes:
+    steps = np.cumsum([gap for gap, _ in gaps]).tolist()
+    return data.Sizes(tuple((until, size) for until, (_, size) in zip(steps, gaps, strict=True)), last)
+
+
+@given(PIECES, st.integers(1, 9), st.integers(0, 300))
+def test_sizes_are_counted(gaps: list[tuple[int, int]], last: int, step: int) -> None:
+    sizes = sizes_from(gaps, last)
+    assert sizes.first(step) == sum(sizes.at(s) for s in range(step))
+    assert sizes.at(10**9) == last
+    assert [sizes.at(until - 1) for until, _ in sizes.pieces] == [size for _, size in sizes.pieces]
+
+
+@given(PIECES, st.integers(1, 9), st.integers(0, 150))
+@settings(max_examples=20)
+def test_a_ramp_meets_the_samples_of_any_other_size(gaps: list[tuple[int, int]], last: int, start: int) -> None:
+    split, key, sizes = split_of(1500), fnlm.key(3), sizes_from(gaps, last)
+    stop = start + 70  # more than one lookup
+    batches = list(data.batches(split, 16, sizes, key, start, stop))
+    assert [len(b.tokens) for b in batches] == [sizes.at(s) for s in range(start, stop)]
+    one_by_one = data.window_starts(split, 16, 1, key, sizes.first(start), sizes.first(stop) - sizes.first(start))
+    assert torch.equal(torch.cat([b.tokens[:, 0] for b in batches]), one_by_one)
+    same = data.batch_at(split, 16, sizes, key, start + 65)
+    assert all(torch.equal(a, b) for a, b in zip(same, batches[65], strict=True))
+    assert len(data.sample_ids(split, 16, sizes, key, start)) == sizes.at(start)
+
+
+def test_a_size_for_all_steps_is_a_number() -> None:
+    split, key = split_of(700), fnlm.key(5)
+    plain, sized = (data.batches(split, 9, n, key, 3, 80) for n in (4, data.Sizes((), 4)))
+    assert all(torch.equal(a, b) for x, y in zip(plain, sized, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_ranks_share_a_batch_whose_size_changes() -> None:
+    split, key, sizes = split_of(700), fnlm.key(5), data.Sizes(((3, 2), (5, 4)), 6)
+    ranks = [list(data.batches(split, 9, sizes, key, 0, 9, slice(rank, None, 2))) for rank in range(2)]
+    for step, parts in enumerate(zip(*ranks, strict=True)):
+        whole = data.batch_at(split, 9, sizes, key, step).tokens
+        assert torch.equal(torch.stack([p.tokens for p in parts], 1).flatten(0, 1), whole)
+
+
 def test_batches_ahead_are_the_same() -> None:
     split, key = split_of(700), fnlm.key(5)
     ahead = data.batches(split, 9, 4, key, start=60, stop=70, rows=range(1, 3))
