@@ -155,14 +155,24 @@ def _sample_keys(key: Key | None, pieces: list[Batch]) -> list[Key | None]:
     return list(random.fold_in(key, torch.arange(sum(sizes), device=key.device)).split(sizes))
 
 
+class Judge(Protocol):
+    """Whether an update is made: judge(loss, global norm of the gradients, gradients, parameters) -> bool.
+
+    It is asked between the gradients and the optimizer, and must change nothing.
+    """
+
+    def __call__(self, value: Tensor, norm: Tensor, grads: Params, params: Params, /) -> bool: ...
+
+
 def make_step(
-    loss: Loss, optimizer: Transform, plan: Plan = Plan()
+    loss: Loss, optimizer: Transform, plan: Plan = Plan(), judge: Judge | None = None
 ) -> Callable[[TrainState, Batch | Sequence[Batch]], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics): gradients, then the optimizer.
 
     With `plan.donate` (the default) the given state is dead afterwards: its tensors are updated in place and belong to
     the new state. Metrics are 0-d tensors, read them when you need them: train/loss, and train/grad_norm where the
-    optimizer has a link called `clip`; fp16 adds train/loss_scale and train/skipped.
+    optimizer has a link called `clip`; fp16 adds train/loss_scale and train/skipped. With a `judge` there are always
+    train/grad_norm and train/skipped; where it says False, only the count of steps goes on.
     """
     gradients = value_and_grad(loss, plan)
     apply = _donated(optimizer) if plan.donate else _pure(optimizer)
@@ -178,9 +188,11 @@ def make_step(
         if isinstance(state.opt_state, LossScale):
             return _scaled_step(state, batch, key)
         value, grads = gradients(state.params, batch, key)
+        seen = _Seen(judge, value, state.params) if judge else None
         with torch.no_grad():
-            params, opt_state = apply(grads, state.opt_state, state.params)
-        return TrainState(state.step + 1, params, opt_state, state.key), {"train/loss": value, **_norm(opt_state)}
+            params, opt_state = apply(grads, state.opt_state, state.params, seen)
+        metrics = {"train/loss": value, **(seen.metrics() if seen else _norm(opt_state))}
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     def _scaled_step(state: TrainState, batch: Batch | Sequence[Batch], key: Key) -> tuple[TrainState, Metrics]:
         scale, good, inner = state.opt_state
@@ -188,27 +200,50 @@ def make_step(
         with torch.no_grad():
             grads = {k: g.to(_wide(state.params[k].dtype)) / scale for k, g in grads.items()}
             finite = bool(torch.stack([g.isfinite().all() for g in grads.values()]).all())
-            params, inner = apply(grads, inner, state.params) if finite else (state.params, inner)
+            seen = _Seen(judge, value, state.params) if judge and finite else None
+            params, inner = apply(grads, inner, state.params, seen) if finite else (state.params, inner)
             grown = finite and int(good) + 1 >= plan.scale_every
             scale = scale * 2 if grown else scale if finite else scale / 2
             good = torch.zeros_like(good) if grown or not finite else good + 1
         metrics = {"train/loss": value, "train/loss_scale": scale, "train/skipped": torch.tensor(int(not finite))}
         state = TrainState(state.step + 1, params, LossScale(scale, good, inner), state.key)
-        return state, metrics | _norm(inner)
+        return state, metrics | (seen.metrics() if seen else _norm(inner))
 
     return step
 
 
-Apply = Callable[[Params, Tree, Params], tuple[Params, Tree]]
+class _Seen:
+    """A judge, asked at most once, and what it saw and said."""
+
+    def __init__(self, judge: Judge, value: Tensor, params: Params) -> None:
+        self._judge, self._value, self._params = judge, value, params
+        self._norm, self._yes = value, True
+
+    def __call__(self, norm: Tensor, grads: Params) -> bool:
+        self._norm, self._yes = norm, self._judge(self._value, norm, grads, self._params)
+        return self._yes
+
+    def metrics(self) -> Metrics:
+        return {"train/grad_norm": self._norm.clone(), "train/skipped": torch.tensor(int(not self._yes))}
+
+
+Apply = Callable[[Params, Tree, Params, "_Seen | None"], tuple[Params, Tree]]
 
 
 def _donated(optimizer: Transform) -> Apply:
     update_ = optim.in_place(optimizer)
-    return lambda grads, opt_state, params: (params, update_(grads, opt_state, params))
+
+    def apply(grads: Params, opt_state: Tree, params: Params, seen: _Seen | None) -> tuple[Params, Tree]:
+        after = update_(grads, opt_state, params, seen)
+        return params, opt_state if after is None else after
+
+    return apply
 
 
 def _pure(optimizer: Transform) -> Apply:
-    def apply(grads: Params, opt_state: Tree, params: Params) -> tuple[Params, Tree]:
+    def apply(grads: Params, opt_state: Tree, params: Params, seen: _Seen | None) -> tuple[Params, Tree]:
+        if seen is not None and not seen(optim.global_norm(grads), grads):
+            return params, opt_state
         wide = {k: g.to(params[k].dtype) for k, g in grads.items()}
         updates, opt_state = optimizer.update(wide, opt_state, params)
         return optim.apply_updates(params, updates), opt_state

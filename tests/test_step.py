@@ -400,3 +400,42 @@ def test_an_empty_list_of_batches_is_refused() -> None:
 def test_wrong_plans_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fnlm.Plan(**wrong)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("donate", [True, False])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_judge_decides_before_anything_changes(precision: Any, donate: bool, clip: float | None) -> None:
+    """Refused: the same bits, one step on. Accepted: the same bits as without a judge."""
+    cfg, plan = case(), fnlm.Plan(precision, donate=donate)
+    params, batch, optimizer = some(cfg, torch.float32), ragged(), adamw(clip)
+
+    def fresh(step: int) -> State:
+        state = fnlm.init_state(params, optimizer, plan)._replace(step=torch.tensor(step))
+        if precision == "fp16":  # a scale that does not overflow
+            state = state._replace(opt_state=state.opt_state._replace(scale=torch.tensor(64.0)))
+        return state
+
+    start = fresh(0)
+    before = {k: v.clone() for k, v in flatten(start).items()}
+    norms: list[float] = []
+
+    def refuse(value: Tensor, norm: Tensor, grads: fnlm.Params, at: fnlm.Params) -> bool:
+        norms.append(float(norm))
+        assert grads.keys() == at.keys()
+        assert float(norm) == pytest.approx(float(optim.global_norm(grads)), rel=1e-5)
+        return len(norms) > 1
+
+    step = fnlm.make_step(fnlm.make_lm_loss(cfg), optimizer, plan, refuse)
+    state, metrics = step(start, batch)
+    assert int(metrics["train/skipped"]) == 1
+    assert int(state.step) == 1
+    after = flatten(state)
+    loss_scale_counts = {"step", "opt_state/good"}  # fp16 counts good gradients, applied or not
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if k not in loss_scale_counts)
+    state, metrics = step(state, batch)
+    assert int(metrics["train/skipped"]) == 0
+    assert float(metrics["train/grad_norm"]) == norms[1]
+    plain = fnlm.make_step(fnlm.make_lm_loss(cfg), optimizer, plan)
+    unjudged = plain(fresh(1), batch)[0]
+    assert all(torch.equal(v, state.params[k]) for k, v in unjudged.params.items())

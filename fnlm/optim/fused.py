@@ -20,8 +20,10 @@ from fnlm.tree import size
 from fnlm.types import Params, Transform, Tree
 
 SLICE = 4 << 20  # elements of one tensor whose gradient is converted at a time
-InPlace: TypeAlias = Callable[[Params, Tree, Params], Tree]
-"""(grads, state, params) -> state; all three are donated."""
+InPlace: TypeAlias = Callable[..., Tree]
+"""(grads, state, params, judge=None) -> state; all three are donated."""
+Judge: TypeAlias = Callable[[Tensor, Params], bool]
+"""(global norm of the gradients, gradients) -> whether they are applied."""
 
 
 def in_place(optimizer: Transform, chunk: int = 8 << 20) -> InPlace:
@@ -31,12 +33,14 @@ def in_place(optimizer: Transform, chunk: int = 8 << 20) -> InPlace:
 
     Parameters are updated in place; the moments of the given state are overwritten and live on in the returned one; the
     gradients are overwritten and `grads` is emptied. Gradients may have a lower precision than the parameters: they are
-    converted at most `chunk` elements (or one tensor) at a time. Raises ValueError if grads and params differ in names.
+    converted at most `chunk` elements (or one tensor) at a time. `judge` sees them and their global norm before
+    anything is changed; where it says False, parameters and state stay as they are and None is returned. Raises
+    ValueError if grads and params differ in names.
     """
     plans: dict[object, tuple[Plan, bool]] = {}
 
     @torch.no_grad()
-    def update(grads: Params, state: Tree, params: Params) -> Tree:
+    def update(grads: Params, state: Tree, params: Params, judge: Judge | None = None) -> Tree:
         if grads.keys() != params.keys():
             odd = sorted(grads.keys() ^ params.keys())
             raise ValueError(f"{len(odd)} names have no gradient or no parameter, first {odd[0]!r}; give both for each")
@@ -46,16 +50,18 @@ def in_place(optimizer: Transform, chunk: int = 8 << 20) -> InPlace:
         plan, small = plans[key]
         if small:  # the norm is faster over float32, and the copy is small
             grads.update({k: _cast(g, params[k].dtype) for k, g in grads.items()})
-        return _run(plan, grads, state, params)
+        return _run(plan, grads, state, params, judge)
 
     return update
 
 
-def _run(plan: Plan, grads: Params, state: Tree, params: Params) -> Tree:
+def _run(plan: Plan, grads: Params, state: Tree, params: Params, judge: Judge | None) -> Tree:
     after: dict[Path, Tree] = {}
+    norms = [_norm(clip, grads).to(_at(state, clip.path).norm.dtype) for clip in plan.clips]
+    if judge is not None and not judge(_whole_norm(plan, norms, grads), grads):
+        return None
     divisors = []
-    for clip in plan.clips:
-        norm = _norm(clip, grads).to(_at(state, clip.path).norm.dtype)
+    for clip, norm in zip(plan.clips, norms, strict=True):
         after[clip.path] = ClipState(norm)
         divisors.append(clip.rule.divisor(norm))
     rates = {path: _rate(rule, _at(state, path)) for path, rule in plan.rates.items()}
@@ -75,11 +81,20 @@ def _run(plan: Plan, grads: Params, state: Tree, params: Params) -> Tree:
     return state
 
 
+def _whole_norm(plan: Plan, norms: list[Tensor], grads: Params) -> Tensor:
+    """That of a clip over everything, or computed for the judge alone."""
+    whole = [norm for clip, norm in zip(plan.clips, norms, strict=True) if len(clip.names) == len(grads)]
+    return whole[0] if whole else _norm_of(list(grads.values()))
+
+
 def _norm(clip: Clip, grads: Params) -> Tensor:
     if clip.rule.norm is not global_norm or not clip.names:
         return clip.rule.norm({k: grads[k] for k in clip.names})
+    return _norm_of([grads[k] for k in clip.names])
+
+
+def _norm_of(whole: list[Tensor]) -> Tensor:
     # in slices, as the norm of a bfloat16 tensor makes a float32 copy of it
-    whole = [grads[k] for k in clip.names]
     mine = [x for g in whole for x in (g.reshape(-1).split(SLICE) if g.numel() > SLICE else (g,))]
     norms = torch._foreach_norm(mine, 2, torch.promote_types(mine[0].dtype, torch.float32))
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
