@@ -11,6 +11,7 @@ from fnlm import tree
 from fnlm.attention import BLOCK
 from fnlm.blocked import keeps
 from fnlm.config import ModelConfig, Precision, TrainConfig
+from fnlm.data import Sizes
 from fnlm.losses import chunk_rows
 from fnlm.params import count, flops_per_token, is_hidden_matrix, is_norm, shapes
 from fnlm.presets import optimizer_of, trained_model
@@ -66,7 +67,8 @@ def training_flops(cfg: ModelConfig, train: TrainConfig, seq_len: int | None = N
 
 def training_tokens(cfg: ModelConfig, train: TrainConfig, seq_len: int | None = None) -> int:
     """Tokens that a training sees, repetitions counted."""
-    return train.steps * train.batch_size * train.micro_batches * (seq_len or cfg.seq_len)
+    sizes = Sizes(train.ramp, train.batch_size * train.micro_batches)
+    return sizes.first(train.steps) * (seq_len or cfg.seq_len)
 
 
 def kv_cache_bytes(cfg: ModelConfig, tokens: int = 1, precision: Precision = "bf16") -> int:

@@ -15,6 +15,7 @@ Kernels = Literal["auto", "plain", "sdpa"]
 Remat = Literal["none", "block"]
 Compile = Literal["off", "block", "step"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Moments = Literal["fp32", "bf16"]
 Optimizer = Literal["sgd", "adam", "adamw", "lion", "adafactor", "muon"]
 Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"]
 
@@ -177,6 +178,7 @@ class TrainConfig:
     muon_lr: float = 0.02  # optimizer="muon": the rate of the hidden matrices; lr is that of the rest
     muon_steps: int = 5
     muon_table_decay: float = 0.0  # optimizer="muon": decay of embeddings and head, per unit of their rate lr
+    moments: Moments = "fp32"  # how adam, adamw and muon store their running means; bf16 takes half the space
     ema: float | None = None
     dropout: float | None = None  # overrides the model's dropouts (embedding, attention, residual)
     precision: Precision = "bf16"
@@ -191,6 +193,8 @@ class TrainConfig:
             raise ValueError(f"warmup={self.warmup} does not fit into steps={self.steps}; choose 0 to {self.steps}")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
+        if self.moments == "bf16" and self.optimizer not in ("adam", "adamw", "muon"):
+            raise ValueError(f"moments='bf16' is for adam, adamw and muon, not {self.optimizer}; leave moments out")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is not a probability below 1")
 
@@ -232,7 +236,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     for name, alias in (
         ("norm", Norm), ("mlp", Mlp), ("positions", Positions), ("init", Init),
         ("kernels", Kernels), ("remat", Remat), ("compile", Compile), ("precision", Precision),
-        ("optimizer", Optimizer), ("schedule", Schedule),
+        ("optimizer", Optimizer), ("schedule", Schedule), ("moments", Moments),
     )
 }  # fmt: skip
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from fnlm import optim
 from fnlm.config import ModelConfig, TrainConfig
 from fnlm.params import is_hidden_matrix, is_matrix, mup_lr_scale
@@ -83,14 +85,16 @@ def schedule_of(train: TrainConfig, peak: float) -> optim.Schedule:
 def optimizer_of(train: TrainConfig, cfg: ModelConfig) -> Transform:
     """The optimizer that a TrainConfig names, for a model: decay on matrices, muP's rates where the model is muP."""
     lr, decay, clip = schedule_of(train, train.lr), train.weight_decay, train.clip
+    stored = torch.bfloat16 if train.moments == "bf16" else None
     if train.optimizer == "muon":
         rate, b1, b2 = schedule_of(train, train.muon_lr), train.b1, train.b2
         inner = optim.muon(rate, is_hidden_matrix, lr, steps=train.muon_steps, decay=decay,
-                           b1=b1, b2=b2, adam_decay=train.muon_table_decay, adam_mask=is_matrix, clip=clip)  # fmt: skip
+                           b1=b1, b2=b2, adam_decay=train.muon_table_decay, adam_mask=is_matrix, clip=clip,
+                           moments_dtype=stored)  # fmt: skip
     elif train.optimizer == "adamw":
-        inner = optim.adamw(lr, train.b1, train.b2, decay=decay, mask=is_matrix, clip=clip)
+        inner = optim.adamw(lr, train.b1, train.b2, decay=decay, mask=is_matrix, clip=clip, moments_dtype=stored)
     elif train.optimizer == "adam":
-        inner = optim.adam(lr, train.b1, train.b2, clip=clip)
+        inner = optim.adam(lr, train.b1, train.b2, clip=clip, moments_dtype=stored)
     elif train.optimizer == "lion":
         inner = optim.lion(lr, decay=decay, mask=is_matrix, clip=clip)
     elif train.optimizer == "adafactor":

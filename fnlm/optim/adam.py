@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fnlm.optim.base import Needs, check, transform, zero_count
+from fnlm.optim.base import Needs, check, check_decays, transform, zero_count
 from fnlm.types import Params, Transform
 
 
@@ -80,9 +80,6 @@ def scale_by_adam(
     check(0 <= b1 < 1, f"b1={b1} is outside [0, 1); choose e.g. 0.9")
     check(0 <= b2 < 1, f"b2={b2} is outside [0, 1); choose e.g. 0.95")
     check(eps > 0, f"eps={eps} divides by 0 where no gradient came; choose e.g. 1e-8")
-    # m -> b m is rounded back to m when 1 - b is below half a unit in the last place
-    step = torch.finfo(moments_dtype).eps / 2 if moments_dtype else 0.0
-    for name, b in (("b1", b1), ("b2", b2)):
-        remedy = f"choose {name} < {1 - step:.4g} or a wider moments_dtype"
-        check(1 - b > step, f"{name}={b} never decays in {moments_dtype}, which rounds by {step:.2g}; {remedy}")
+    check_decays("b1", b1, moments_dtype)
+    check_decays("b2", b2, moments_dtype)
     return transform(ScaleByAdam(b1, b2, eps, moments_dtype))

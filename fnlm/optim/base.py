@@ -44,6 +44,13 @@ def check(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_decays(name: str, b: float, dtype: torch.dtype | None) -> None:
+    """Raise ValueError where b m is rounded back to m in `dtype`: 1 - b is below half a unit in the last place."""
+    step = torch.finfo(dtype).eps / 2 if dtype else 0.0
+    remedy = f"choose {name} < {1 - step:.4g} or a wider moments_dtype"
+    check(1 - b > step, f"{name}={b} never decays in {dtype}, which rounds by {step:.2g}; {remedy}")
+
+
 def needs(optimizer: Transform) -> Needs:
     """The most that any rule inside needs; a transform without a rule is taken to need the whole tree."""
     return "tree" if optimizer.rule is None else optimizer.rule.needs  # type: ignore[attr-defined]

@@ -152,7 +152,8 @@ def _run_pure(
 
 
 def _has_kernel(chunk: Chunk, own: AdamState, p: Tensor) -> bool:
-    return own.mu[chunk.names[0]].dtype == p.dtype and p.device.type in ("cpu", "cuda")
+    narrow = own.mu[chunk.names[0]].dtype.itemsize < 4  # widened for the kernel, which wants one dtype
+    return (narrow or own.mu[chunk.names[0]].dtype == p.dtype) and p.device.type in ("cpu", "cuda")
 
 
 def _pieces(*columns: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
@@ -173,8 +174,9 @@ def _adamw_(
     rate: float,
     divisor: Tensor | None,
 ) -> None:
-    ps, gs, mus, nus = piece
+    ps, gs, *stored = piece
     gs = [_cast(g, ps[0].dtype) for g in gs]
+    mus, nus = ([_cast(m, ps[0].dtype) for m in moment] for moment in stored)
     if chunk.l2 or ps[0].dtype != torch.float32:  # the kernel reads the divisor as float32 and before any l2
         _prepare_(gs, ps, chunk, divisor)
         divisor = None
@@ -188,6 +190,9 @@ def _adamw_(
         amsgrad=False, maximize=False, grad_scale=divisor,
         found_inf=None if divisor is None else torch.zeros_like(divisor),
     )  # fmt: skip
+    if mus[0].dtype != stored[0][0].dtype:
+        torch._foreach_copy_(stored[0], mus)
+        torch._foreach_copy_(stored[1], nus)
 
 
 def _prepare_(gs: list[Tensor], ps: list[Tensor], chunk: Chunk, divisor: Tensor | None) -> None:

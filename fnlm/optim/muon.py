@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fnlm.optim.base import Needs, check, transform
+from fnlm.optim.base import Needs, check, check_decays, transform
 from fnlm.types import Params, Transform
 
 Coefficients = Literal["quintic", "polar"]
@@ -71,13 +71,14 @@ class ScaleByMuon:
     coefficients: Coefficients = "quintic"
     adjust: Adjust = "original"
     dtype: torch.dtype = torch.bfloat16
+    moments_dtype: torch.dtype | None = None
     needs: ClassVar[Needs] = "matrix"
 
     def init(self, params: Params) -> MuonState:
         for k, p in params.items():
             check(p.ndim >= 2, f"muon is for matrices, {k!r} has shape {tuple(p.shape)}; "
                   f"give it to another part of a partition, e.g. adamw")  # fmt: skip
-        return MuonState({k: torch.zeros_like(p) for k, p in params.items()})
+        return MuonState({k: torch.zeros_like(p, dtype=self.moments_dtype) for k, p in params.items()})
 
     def ratio(self, shape: torch.Size) -> float:
         """The factor on the update of an (..., n, m) matrix that makes one learning rate fit all shapes."""
@@ -93,15 +94,19 @@ class ScaleByMuon:
         return y.to(x.dtype, memory_format=torch.contiguous_format) * self.ratio(x.shape)
 
     def update(self, grads: Params, state: MuonState, params: Params) -> tuple[Params, MuonState]:
-        grads = {k: g.to(state.mu[k].dtype) for k, g in grads.items()}
-        mu = {k: state.mu[k].lerp(g, 1 - self.momentum) for k, g in grads.items()}
+        grads = {k: g.to(params[k].dtype) for k, g in grads.items()}
+        mu = {k: state.mu[k].to(g.dtype).lerp(g, 1 - self.momentum) for k, g in grads.items()}
         ahead = {k: g.lerp(mu[k], self.momentum) for k, g in grads.items()} if self.nesterov else mu
-        return {k: self.orthogonal(x) for k, x in ahead.items()}, MuonState(mu)
+        stored = {k: m.to(state.mu[k].dtype) for k, m in mu.items()}
+        return {k: self.orthogonal(x) for k, x in ahead.items()}, MuonState(stored)
 
     def update_(self, names: Sequence[str], grads: list[Tensor], state: MuonState) -> list[Tensor]:
         """As said in `fnlm.optim.base.Rule`; the matrices have one shape and are multiplied as one batch."""
-        mu = [state.mu[k] for k in names]
+        stored = [state.mu[k] for k in names]
+        mu = [m.to(g.dtype) for m, g in zip(stored, grads, strict=True)]
         torch._foreach_lerp_(mu, grads, 1 - self.momentum)
+        if mu[0].dtype != stored[0].dtype:
+            torch._foreach_copy_(stored, mu)
         if self.nesterov:
             torch._foreach_lerp_(grads, mu, self.momentum)
         return list(self.orthogonal(torch.stack(grads if self.nesterov else mu)).unbind())
@@ -114,17 +119,20 @@ def scale_by_muon(
     coefficients: Coefficients = "quintic",
     adjust: Adjust = "original",
     dtype: torch.dtype = torch.bfloat16,
+    moments_dtype: torch.dtype | None = None,
 ) -> Transform:
     """Momentum orthogonalised by Newton-Schulz steps in `dtype` (Jordan et al. 2024, "Muon"; as torch.optim.Muon).
 
     `adjust` multiplies by sqrt(max(1, n/m)) ("original") or 0.2 sqrt(max(n, m)) ("match_rms_adamw", Liu et al. 2025,
-    "Muon is Scalable for LLM Training", eq. 4). Raises ValueError for momentum outside [0, 1), for steps outside
-    [1, 99] ("polar": [1, 5]) and for unknown words; `init` raises it for a parameter that is no matrix.
+    "Muon is Scalable for LLM Training", eq. 4). `moments_dtype` stores the momentum in another dtype. Raises ValueError
+    for momentum outside [0, 1), or too near 1 for `moments_dtype`, for steps outside [1, 99] ("polar": [1, 5]) and for
+    unknown words; `init` raises it for a parameter that is no matrix.
     """
     check(0 <= momentum < 1, f"momentum={momentum} is outside [0, 1); choose e.g. 0.95")
+    check_decays("momentum", momentum, moments_dtype)
     check(coefficients in ("quintic", "polar"), f"coefficients={coefficients!r}; choose 'quintic' or 'polar'")
     most = len(POLAR) if coefficients == "polar" else 99
     check(1 <= steps <= most, f"steps={steps} is outside [1, {most}] of coefficients={coefficients!r}; choose e.g. 5")
     words = ("none", "original", "match_rms_adamw")
     check(adjust in words, f"adjust={adjust!r}; choose one of {', '.join(words)}")
-    return transform(ScaleByMuon(momentum, nesterov, steps, coefficients, adjust, dtype))
+    return transform(ScaleByMuon(momentum, nesterov, steps, coefficients, adjust, dtype, moments_dtype))

@@ -124,14 +124,15 @@ def muon(
     adam_decay: float = 0.0,
     adam_mask: NameMask | None = None,
     clip: float | None = None,
+    moments_dtype: torch.dtype | None = None,
 ) -> Transform:
     """Muon for the names that `matrices` accepts, AdamW for the rest: embeddings, head, norms, biases.
 
     `clip` bounds the gradients of the rest only: the size of a matrix's gradient hardly matters to Muon.
     """
-    turn = scale_by_muon(momentum, nesterov, steps, coefficients, adjust)
+    turn = scale_by_muon(momentum, nesterov, steps, coefficients, adjust, moments_dtype=moments_dtype)
     return partition(
         lambda name: "matrices" if matrices(name) else "rest",
         matrices=_chain(muon=turn, decay=_decay(decay, None), lr=_rate(lr)),
-        rest=adamw(adam_lr, b1, b2, decay=adam_decay, mask=adam_mask, clip=clip),
+        rest=adamw(adam_lr, b1, b2, decay=adam_decay, mask=adam_mask, clip=clip, moments_dtype=moments_dtype),
     )

@@ -40,12 +40,15 @@ RECIPES = {
     "adam": lambda clip: optim.adam(0.01, clip=clip),
     "adamw": lambda clip: optim.adamw(schedule, mask=is_matrix, clip=clip),
     "bf16_moments": lambda clip: optim.adamw(schedule, mask=is_matrix, clip=clip, moments_dtype=torch.bfloat16),
+    "bf16_muon": lambda clip: optim.muon(
+        schedule, in_blocks, schedule, adam_decay=0.1, adam_mask=is_matrix, clip=clip, moments_dtype=torch.bfloat16
+    ),
     "lion": lambda clip: optim.lion(schedule, mask=is_matrix, clip=clip),
     "adafactor": lambda clip: optim.adafactor(clip=clip, decay=0.1),
     "muon": lambda clip: optim.muon(schedule, in_blocks, schedule, adam_decay=0.1, adam_mask=is_matrix, clip=clip),
 }
 NEAR = {torch.float32: 2e-6, torch.float64: 1e-12}
-ROUNDED = {"bf16_moments": 1e-2, "muon": 1e-3}
+ROUNDED = {"bf16_moments": 1e-2, "bf16_muon": 1e-2, "muon": 1e-3}
 """Where bfloat16 lies between: a batched product may round one place otherwise than a single one."""
 
 
