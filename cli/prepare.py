@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -30,6 +32,7 @@ from fnlm.data import Dataset, Preparation, Split
 )
 @click.option("--val", multiple=True, metavar="PATH", help="Files to validate with, instead of a part of PATH.")
 @click.option("--val-fraction", default=0.1, show_default=True, metavar="F", help="The documents to validate with.")
+@click.option("--documents", type=click.IntRange(1), metavar="N", help="Of demo: so many stories. [default: 60000]")
 @click.option("--special", multiple=True, metavar="TOKEN", help="A further special token.")
 @click.option("--npy", is_flag=True, help="Write .npy files instead of raw .bin.")
 @click.option("--dtype", type=click.Choice(["uint16", "uint32"]), help="Of the ids. [default: the smallest]")
@@ -43,6 +46,7 @@ def command(
     tokenizer: str,
     val: tuple[str, ...],
     val_fraction: float,
+    documents: int | None,
     special: tuple[str, ...],
     npy: bool,
     dtype: str | None,
@@ -54,7 +58,8 @@ def command(
     """Turn text or conversations into tokens to train on.
 
     PATH is a file, a folder or a pattern: .txt, .md, .jsonl, .json, .parquet, or tokens as .npy and .bin. Conversations
-    are recognised by their first line. --show and --verify also take a folder that is prepared already.
+    are recognised by their first line. --show and --verify also take a folder that is prepared already. Without any
+    file, `demo` writes a small world: stories into data/demo, and chats about them into data/demo-chat.
     """
     if not paths:
         raise click.UsageError("name a file, a folder or a pattern to prepare", click.get_current_context())
@@ -64,17 +69,44 @@ def command(
             for line in data.verify(path):
                 click.echo(line)
         return
+    todo: list[Preparation] = []
     if not (show and prepared):
+        options: dict[str, Any] = {"special": special, "npy": npy, "dtype": dtype}
         folder = out or Path("data") / name_of(paths)
-        todo = Preparation(paths, folder, tokenizer, val, val_fraction, special, npy, dtype)
+        if is_name(paths):
+            refuse("val", "val_fraction", why="the data of a name are validated on others of their kind")
+            options |= {"tokenizer": tokenizer} if is_given("tokenizer") else {}
+            todo = data.named(paths[0], folder, documents, **options)
+        else:
+            refuse("documents", why=f"that is of a name: {', '.join(data.NAMES)}")
+            todo = [Preparation(paths, folder, tokenizer, val, val_fraction, **options)]
+    for one in todo:
         with progress_bar() as progress:
-            manifest = data.prepare(todo, lambda line: click.echo(line, err=True), progress, force)
+            data.prepare(one, lambda line: click.echo(line, err=True), progress, force)
+    folders = [one.out for one in todo] or [Path(paths[0])]
+    manifests = [data.open(folder).manifest for folder in folders]
+    if as_json:
+        click.echo(json.dumps(manifests[0] if len(manifests) == 1 else manifests, indent=2))
     else:
-        folder = Path(paths[0])
-        manifest = data.open(folder).manifest
-    click.echo(json.dumps(manifest, indent=2) if as_json else "\n".join(summary(folder, manifest)))
+        click.echo("\n".join(chain(*map(summary, folders, manifests))))
     if show:
-        click.echo("\n".join(shown(data.open(folder), show)))
+        click.echo("\n".join(line for folder in folders for line in shown(data.open(folder), show)))
+
+
+def is_name(paths: tuple[str, ...]) -> bool:
+    """Whether the data have a name, and no file is called so."""
+    return len(paths) == 1 and paths[0] in data.NAMES and not Path(paths[0]).exists()
+
+
+def is_given(option: str) -> bool:
+    """Whether it is on the command line."""
+    return click.get_current_context().get_parameter_source(option) is ParameterSource.COMMANDLINE
+
+
+def refuse(*options: str, why: str) -> None:
+    """Raises UsageError where one of these is on the command line."""
+    for option in filter(is_given, options):
+        raise click.UsageError(f"--{option.replace('_', '-')} has no meaning here: {why}", click.get_current_context())
 
 
 def name_of(paths: tuple[str, ...]) -> str:

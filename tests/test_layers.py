@@ -16,8 +16,8 @@ FLOORS = (
     "types",
     "tree",
     "random < dropout | config < overrides | collectives | compiling | kernels | machine",
-    "attention < blocked < mlp < sublayers < forward < losses | optim | sharding | tokenizers",
-    "params < presets | sampling | data | world | interop | decode",
+    "attention < blocked < mlp < sublayers < forward < losses | optim | sharding | tokenizers | world",
+    "params < presets | sampling | data | interop | decode",
     "step | generate | evaluate | checkpoint < trained | lift | budget",
     "track < loop | report | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names

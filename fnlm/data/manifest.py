@@ -86,6 +86,16 @@ def open(folder: str | Path) -> Dataset:
     return Dataset(folder, manifest, tokenizer, train, val)
 
 
+def require_same_tokenizer(dataset: Dataset, sha256: str, what: str) -> None:
+    """Raises DataError unless the data were made with the tokenizer of this sha256, which is that of `what`."""
+    own = str(dataset.manifest["tokenizer"]["sha256"])
+    if own != sha256:
+        raise DataError(
+            f"{dataset.folder} was made with another tokenizer than {what} (sha256 {own[:8]}, not {sha256[:8]}); "
+            f"prepare the data again with the tokenizer.json of {what}: --tokenizer PATH"
+        )
+
+
 def _opened(folder: Path, manifest: dict[str, Any], name: str) -> Split:
     split = manifest["splits"][name]
     tokens = _mapped(folder / split["file"], np.dtype(manifest["dtype"]), split["tokens"])

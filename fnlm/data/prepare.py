@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from fnlm.data import chat
 from fnlm.data.encode import Block, Survey, assigned, chat_blocks, hash_of, split_of, survey, text_blocks, token_blocks
 from fnlm.data.manifest import FILE, FORMAT, SPLITS, DataError
 from fnlm.data.sink import Sink
-from fnlm.data.sources import TOKENS, Piece, find, pieces
-from fnlm.data.vocabulary import check, dtype_for, make_tokenizer
+from fnlm.data.sources import TOKENS, Piece, Written, find, pieces
+from fnlm.data.vocabulary import check, dtype_for, learnt_from, make_tokenizer
 from fnlm.tokenizers import Tokenizer
 
 
@@ -28,7 +28,8 @@ class Preparation:
     """What to prepare, where, and how.
 
     `tokenizer` is char, byte, bpe:SIZE, gpt2, cl100k (either with `:FOLDER` for tiktoken's files) or a tokenizer.json;
-    `val` names files of their own, otherwise `val_fraction` of the documents, by their hash, is val.
+    `val` names files of their own, otherwise `val_fraction` of the documents, by their hash, is val. `written` stands
+    for text without files; then there are no paths, and what it says is val.
     """
 
     paths: tuple[str, ...]
@@ -39,6 +40,7 @@ class Preparation:
     special: tuple[str, ...] = ()
     npy: bool = False
     dtype: str | None = None
+    written: Written | None = None
 
 
 def prepare(
@@ -57,11 +59,11 @@ def prepare(
         raise ValueError(f"val_fraction={todo.val_fraction} must be between 0 and 1")
     check(todo.tokenizer)
     files, val_files = find(todo.paths), find(todo.val)
-    kind = _kind(files + val_files)
+    kind = todo.written.kind if todo.written else _kind(files + val_files)
     settings = _settings(todo)
-    sources = [_source(file) for file in files + val_files]
+    sources = todo.written.sources if todo.written else [_source(file) for file in files + val_files]
     if not force and (manifest := _done(todo.out, settings, sources)):
-        say(f"{todo.out} is already prepared from these files")
+        say(f"{todo.out} is already prepared from {'this' if todo.written else 'these files'}")
         return manifest
     stage = _stage(todo.out, force, say)
     try:
@@ -91,12 +93,14 @@ def _filled(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Tokenizer and tokens written into `stage`; the manifest's entries about them."""
-    found = None if kind == "tokens" else _surveyed(kind, files, val_files, say)
-    tokenizer = make_tokenizer(todo.tokenizer, todo.special, kind, files, val_files, say)
+    read = (
+        _from_files(todo, kind, files, val_files, say)
+        if todo.written is None
+        else _from_written(todo, todo.written, say)
+    )
+    tokenizer, blocks, total = read
     tokenizer.save(stage)
     dtype = dtype_for(tokenizer, todo.dtype)
-    blocks = _blocks(kind, files, val_files, found, todo.val_fraction, tokenizer, say)
-    total = found.bytes if found else sum(file.stat().st_size for file in files + val_files)
     with ExitStack() as stack:
         sinks = {name: Sink(stage, name, dtype, tokenizer.vocab_size, kind == "chat", todo.npy) for name in SPLITS}
         for sink in sinks.values():
@@ -111,6 +115,29 @@ def _filled(
         "kind": "chat" if kind == "chat" else "text",
         "splits": splits,
     }
+
+
+def _from_files(
+    todo: Preparation, kind: str, files: list[Path], val_files: list[Path], say: Callable[[str], None]
+) -> tuple[Tokenizer, Iterator[Block], int]:
+    """The tokenizer, what is to be written, and its bytes in all."""
+    found = None if kind == "tokens" else _surveyed(kind, files, val_files, say)
+    texts, val_texts = learnt_from(kind, files), learnt_from(kind, val_files)
+    tokenizer = make_tokenizer(todo.tokenizer, todo.special, kind, texts, val_texts, say)
+    total = found.bytes if found else sum(file.stat().st_size for file in files + val_files)
+    return tokenizer, _blocks(kind, files, val_files, found, todo.val_fraction, tokenizer, say), total
+
+
+def _from_written(
+    todo: Preparation, written: Written, say: Callable[[str], None]
+) -> tuple[Tokenizer, Iterator[Block], int]:
+    """The same of text that a function writes: only once, and its bytes are about so many."""
+    tokenizer = make_tokenizer(todo.tokenizer, todo.special, written.kind, written.learnt_from(), (), say)
+    train, val = (zip(repeat(name), texts()) for name, texts in (("train", written.train), ("val", written.val)))
+    if written.kind == "chat":
+        return tokenizer, chat_blocks(chain(train, val), tokenizer), written.bytes
+    rows = ((split, Piece(text)) for split, text in chain(train, val))
+    return tokenizer, text_blocks(rows, tokenizer), written.bytes
 
 
 def _pour(blocks: Iterable[Block], sinks: dict[str, Sink], total: int, progress: Callable[[int, int], None]) -> None:

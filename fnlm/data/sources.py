@@ -7,7 +7,7 @@ import glob
 import importlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,20 @@ class Piece(NamedTuple):
     text: str
     first: bool = True
     last: bool = True
+
+
+class Written(NamedTuple):
+    """Text that functions write, the same at every call: documents, or of the kind "chat" conversations.
+
+    A tokenizer is trained on `learnt_from`; all is about so many `bytes`; `sources` go into the manifest.
+    """
+
+    kind: str
+    train: Callable[[], Iterator[Any]]
+    val: Callable[[], Iterator[Any]]
+    learnt_from: Callable[[], Iterator[str]]
+    bytes: int
+    sources: list[dict[str, Any]]
 
 
 def find(paths: Sequence[str]) -> list[Path]:

@@ -26,9 +26,14 @@ def check(wanted: str) -> None:
 
 
 def make_tokenizer(
-    wanted: str, more: Sequence[str], kind: str, files: list[Path], val_files: list[Path], say: Callable[[str], None]
+    wanted: str,
+    more: Sequence[str],
+    kind: str,
+    texts: Iterable[str],
+    val_texts: Iterable[str],
+    say: Callable[[str], None],
 ) -> Tokenizer:
-    """The tokenizer that `wanted` names, trained where it needs to be, with `more` special tokens.
+    """The tokenizer that `wanted` names, trained on the texts where it needs to be, with `more` special tokens.
 
     For chat, ChatML's are added, except to a tokenizer.json: a model may know it already. Raises ValueError for an
     unknown name, with the nearest.
@@ -38,12 +43,12 @@ def make_tokenizer(
     if name in ("char", "bpe") and kind == "tokens":
         raise ValueError("tokens have a tokenizer already; give --tokenizer gpt2, or the path of its tokenizer.json")
     if name == "char":
-        return tokenizers.train("char", _learnt_from(kind, files + val_files), special=special)
+        return tokenizers.train("char", chain(texts, val_texts), special=special)
     if name == "bpe":
         size = _size(rest)
         say(f"training a tokenizer of {size:,} tokens")
         both = tuple(dict.fromkeys((*CHAT_SPECIAL, *special)))
-        made = tokenizers.train("bpe", _sample(_learnt_from(kind, files)), size, both)
+        made = tokenizers.train("bpe", _sample(texts), size, both)
         if made.vocab_size < size:
             say(f"the text has no more pairs to merge: {made.vocab_size:,} tokens instead of {size:,}")
         return made
@@ -58,7 +63,8 @@ def _size(text: str) -> int:
     return int(text)
 
 
-def _learnt_from(kind: str, files: list[Path]) -> Iterator[str]:
+def learnt_from(kind: str, files: list[Path]) -> Iterator[str]:
+    """The texts of files, or what is said in their conversations."""
     if kind == "chat":
         contents = (m["content"] for messages in chat.conversations(files) for m in messages)
         return chain((role + "\n" for role in chat.ROLES), contents)

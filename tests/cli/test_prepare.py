@@ -111,3 +111,36 @@ def test_errors_are_one_line(words: list[str], code: int, says: str, here: Path)
     assert last.startswith("error: " + says), result.stderr
     assert "Traceback" not in result.stderr
     assert not list(here.glob("data/.*"))
+
+
+def test_data_by_name(here: Path) -> None:
+    result = fnlm("demo", "--documents", "60")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("data")] == [
+        "data/demo: text, bpe tokenizer of 663 tokens, uint16",
+        "data/demo-chat: chat, bpe tokenizer of 663 tokens, uint16",
+    ]
+    assert [m["kind"] for m in json.loads(fnlm("demo", "--documents", "60", "--json").stdout)] == ["text", "chat"]
+    assert sorted(p.name for p in (here / "data").iterdir()) == ["demo", "demo-chat"]
+    shown = fnlm("demo", "--documents", "60", "--show", "1")
+    assert shown.stdout.count("document 1: ") == 2
+
+
+def test_a_file_of_that_name_comes_first(here: Path) -> None:
+    (here / "demo").mkdir()
+    (here / "demo" / "a.txt").write_text("text " * 99)
+    assert "data/demo: text, byte tokenizer" in fnlm("demo", "--tokenizer", "byte").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["demo", "--val-fraction", "0.2"], "--val-fraction has no meaning here: the data of a name are validated on"),
+        (["tale.txt", "--documents", "3"], "--documents has no meaning here: that is of a name: demo"),
+    ],
+)
+def test_options_that_have_no_meaning(words: list[str], says: str) -> None:
+    result = fnlm(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1].startswith("error: " + says), result.stderr
