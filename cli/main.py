@@ -18,8 +18,9 @@ from cli.group import Group
 # show its help, since torch alone takes a second.
 COMMANDS = {
     "prepare": "Turn text or conversations into tokens to train on.",
-    "inspect": "Show a model's parameters, FLOPs and memory.",
+    "eval": "Measure a model's loss on prepared data.",
     "bench": "Time the library beside others.",
+    "inspect": "Show a model's parameters, FLOPs and memory.",
     "doctor": "Check what this machine and installation can do.",
 }
 FAILURE, USAGE, INTERRUPTED = 1, 2, 128 + signal.SIGINT
