@@ -121,7 +121,7 @@ def _attend(
     qkv = rearrange(F.linear(pvary(x, axes.tensor), weight, bias), "B T (A K) -> B T A K", K=cfg.head_dim)
     if cfg.qk_norm or places.rotation is not None:
         qk, v = qkv.split([n_q + n_kv, n_kv], 2)
-        q, k = _turn(p, qk, n_q, cfg, places, axes, compute).split([n_q, n_kv], 2)
+        q, k = turn(p, qk, n_q, cfg, places, axes, compute).split([n_q, n_kv], 2)
     else:
         q, k, v = qkv.split([n_q, n_kv, n_kv], 2)
     y = attention(q, k, v, cfg, places, compute.kernels, key)
@@ -129,8 +129,8 @@ def _attend(
     return out + p["attn.out.bias"] if cfg.bias else out
 
 
-def _turn(p: Params, qk: Tensor, n_q: int, cfg: ModelConfig, places: Places, axes: Axes, compute: Compute) -> Tensor:
-    """QK norm and rotation of queries and keys together, (B, T, H + H_kv, K)."""
+def turn(p: Params, qk: Tensor, n_q: int, cfg: ModelConfig, places: Places, axes: Axes, compute: Compute) -> Tensor:
+    """QK norm and rotation of queries and keys together, (B, T, H + H_kv, K); tables (T, R), or (B, T, R) by row."""
     if cfg.qk_norm and not cfg.norm_affine:
         qk = norm(p, "attn.q_norm", qk, cfg)
     elif cfg.qk_norm:
@@ -138,7 +138,7 @@ def _turn(p: Params, qk: Tensor, n_q: int, cfg: ModelConfig, places: Places, axe
         qk = torch.cat([norm(p, "attn.q_norm", q, cfg, axes.tensor), norm(p, "attn.k_norm", k, cfg, axes.tensor)], 2)
     if places.rotation is None:
         return qk
-    cos, sin = (x[:, None] for x in places.rotation)
+    cos, sin = (x[..., None, :] for x in places.rotation)
     return rotate(qk, cos, sin, compute.kernels == "auto" and not needs_plain())
 
 
@@ -153,17 +153,31 @@ def norm(p: Params, name: str, x: Tensor, cfg: ModelConfig, axis: Axis | None = 
     return F.layer_norm(x, x.shape[-1:], weight, bias, cfg.norm_eps)
 
 
-def embed(root: Params, tokens: Tensor, cfg: ModelConfig, keys: list[Tensor] | None, axes: Axes) -> Tensor:
-    """Token, n-gram and learned position embeddings, added: (B, T) -> (B, T, D)."""
+def embed(
+    root: Params,
+    tokens: Tensor,
+    cfg: ModelConfig,
+    keys: list[Tensor] | None,
+    axes: Axes,
+    before: Tensor | None = None,
+    at: Tensor | None = None,
+) -> Tensor:
+    """Token, n-gram and learned position embeddings, added: (B, T) -> (B, T, D).
+
+    In the midst of a text: `before` (B, N) are the tokens in front, V where there is none, `at` (B, T) the positions.
+    """
+    seen = tokens if before is None else torch.cat([before, tokens], 1)
     x = _rows(root["embed.tokens.weight"], tokens, cfg.vocab_size, axes)
     for j, (order, rows) in enumerate(cfg.ngrams):
-        e = F.embedding(ngram_ids(tokens, order, rows, cfg.vocab_size), root[f"embed.ngram{order}.weight"])
+        ids = ngram_ids(seen, order, rows, cfg.vocab_size)[:, seen.shape[1] - tokens.shape[1] :]
+        e = F.embedding(ids, root[f"embed.ngram{order}.weight"])
         if keys and order > 2:
             whole_rows = dropout(torch.ones_like(e[..., :1]), cfg.dropout_ngram, random.fold_in(keys[1], j))
             e = e * whole_rows
         x = x + e
     if cfg.positions == "learned":
-        x = x + root["embed.positions.weight"][: tokens.shape[1]]
+        table = root["embed.positions.weight"]
+        x = x + (table[: tokens.shape[1]] if at is None else table[at])
     if cfg.embed_norm:
         x = norm(root, "embed_norm", x, cfg)
     return dropout(x, cfg.dropout_embed, keys[0] if keys else None)

@@ -1,0 +1,261 @@
+"""The forward for text that grows: new tokens against cached keys and values, the same mathematics as forward.py.
+
+A row of the batch is a text of its own, with its own position. Letters as in forward.py; S counts the positions a cache
+holds, G = H / H_kv the queries a key serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fnlm.attention import Places, Rotation, alibi_slopes, scale
+from fnlm.collectives import LOCAL, Axes, psum, pvary
+from fnlm.config import Compute, ModelConfig
+from fnlm.forward import embed, head_weight, norm, rope_table, split_groups, turn, unembed
+from fnlm.mlp import mlp
+from fnlm.types import Params
+
+CHUNK = 256  # prompt tokens at a time: on a CPU twice as fast to the first token as 1,500 at once
+_PLAIN = Compute(kernels="plain")
+
+
+class KVCache(NamedTuple):
+    """What the texts of a batch have left behind. Positions from `pos` on hold nothing that counts.
+
+    k, v (L, B, H_kv, S, K); pos (B,) int64: how many positions of each row are valid; tokens (B, S) int64, what stands
+    there, where n-grams need it (else (B, 0)). To forget the end of a text, lower its `pos`.
+    """
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    tokens: Tensor
+
+
+class Prepared(NamedTuple):
+    """Parameters laid out for many steps: grouped, cast, q, k and v joined, RoPE's tables for all positions."""
+
+    root: Params
+    blocks: tuple[Params, ...]
+    rotation: Rotation | None
+
+
+class _Step(NamedTuple):
+    """Where the new tokens of one call lie: `at` (B, T) positions; `start` of all rows where they agree, else None and
+    `put` (rows, positions, index into B T) of the valid ones; `seen` the cached positions anyone looks at; `bias` on
+    their scores (B, H_kv or 1, G or 1, T, s), None where all is seen."""
+
+    at: Tensor
+    start: int | None
+    put: tuple[Tensor, Tensor, Tensor] | None
+    seen: slice
+    bias: Tensor | None
+    places: Places
+
+
+def init_cache(
+    cfg: ModelConfig,
+    batch: int,
+    length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    heads: int | None = None,
+) -> KVCache:
+    """An empty cache for `batch` rows of `length` (the model's seq_len) positions, of the dtype of the parameters.
+
+    `heads`: of keys and values, those that are computed here where they are split. ValueError for more than seq_len.
+    """
+    length = cfg.seq_len if length is None else length
+    if not 0 < length <= cfg.seq_len:
+        raise ValueError(f"a cache of {length} positions does not suit seq_len={cfg.seq_len}; choose 1 to seq_len")
+    shape = (cfg.n_layers, batch, heads or cfg.kv_heads, length, cfg.head_dim)
+    k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")  # zeros: no NaN where nothing is seen
+    tokens = torch.zeros((batch, length if cfg.ngrams else 0), dtype=torch.int64, device=device)
+    return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), tokens)
+
+
+@torch.no_grad()
+def prepare(params: Params, cfg: ModelConfig, dtype: torch.dtype | None = None) -> Prepared:
+    """The parameters for `decode`, in another dtype where one is given; what needs no change is shared, not copied."""
+    params = params if dtype is None else {name: p.to(dtype) for name, p in params.items()}
+    groups = split_groups(params, cfg)
+    root = groups.pop("root")
+    table = root["embed.tokens.weight"]
+    at = torch.arange(cfg.seq_len, device=table.device)
+    rotation = rope_table(at, cfg, table.dtype) if cfg.positions == "rope" else None
+    return Prepared(root, tuple(_joined(p) for p in groups.values()), rotation)
+
+
+def _joined(p: Params) -> Params:
+    """A block's dict with one matrix for q, k and v."""
+    out = {name: w for name, w in p.items() if name.removeprefix("attn.")[:2] not in ("q.", "k.", "v.")}
+    kinds = [kind for kind in ("weight", "bias") if f"attn.q.{kind}" in p]
+    return out | {f"attn.qkv.{kind}": torch.cat([p[f"attn.{head}.{kind}"] for head in "qkv"]) for kind in kinds}
+
+
+@torch.no_grad()
+def decode(
+    params: Params | Prepared,
+    tokens: Tensor,
+    cfg: ModelConfig,
+    cache: KVCache,
+    *,
+    lengths: Tensor | None = None,
+    axes: Axes = LOCAL,
+) -> tuple[Tensor, KVCache]:
+    """Logits (B, V) after each row's last new token, of tokens (B, T) that follow what the cache holds.
+
+    `lengths` (B,): how many of the T are meant, the first ones; a row with 0 rests, keeps its cache, and its logits say
+    nothing. Logits are float32 (float64 where parameters are); `axes.tensor` set: V is this rank's part. The cache is
+    donated: use the one that is returned. ValueError where a row does not fit into its cache.
+    """
+    ready = params if isinstance(params, Prepared) else prepare(params, cfg)
+    step = _step(tokens, cfg, cache, lengths, ready, axes)
+    before = None
+    if cfg.ngrams:
+        before = _tokens_before(cache, cfg)
+        _write_(cache.tokens[:, None, :, None], tokens[..., None, None], step)
+    x = embed(ready.root, tokens, cfg, None, axes, before, step.at)
+    for p, k, v in zip(ready.blocks, cache.k.unbind(0), cache.v.unbind(0), strict=True):
+        x = _block(p, x, cfg, step, k, v, axes)
+    if lengths is None:
+        x, pos = x[:, -1], cache.pos + tokens.shape[1]
+    else:
+        lengths = lengths.to(cache.pos)
+        x, pos = x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)], cache.pos + lengths
+    x = pvary(norm(ready.root, "norm", x, cfg), axes.tensor)
+    logits = unembed(x, head_weight(ready.root, cfg), cfg)
+    return logits if logits.dtype == torch.float64 else logits.float(), cache._replace(pos=pos)
+
+
+def prefill(
+    params: Params | Prepared,
+    prompts: Sequence[Sequence[int]],
+    cfg: ModelConfig,
+    cache: KVCache,
+    *,
+    chunk: int = CHUNK,
+    axes: Axes = LOCAL,
+) -> tuple[Tensor, KVCache]:
+    """`decode` of a prompt for each row, `chunk` tokens at a time: logits (B, V) after each one's last token.
+
+    Prompts may differ in length, and none may be empty: the short ones join in the last chunks, so all end together.
+    """
+    if not all(map(len, prompts)):
+        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty; give each at least one token")
+    ready = params if isinstance(params, Prepared) else prepare(params, cfg)
+    logits = cache.k.new_empty(0)
+    for later in reversed(range(-(-max(map(len, prompts)) // chunk))):
+        ends = [max(0, len(p) - later * chunk) for p in prompts]
+        parts = [p[max(0, end - chunk) : end] for p, end in zip(prompts, ends, strict=True)]
+        tokens, lengths = padded(parts, cache.pos.device)
+        logits, cache = decode(ready, tokens, cfg, cache, lengths=lengths, axes=axes)
+    return logits, cache
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+    """Ragged rows as (B, T) with zeros behind, and their lengths (B,), None where all are T."""
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    return tokens, None if min(lengths) == longest else torch.tensor(lengths, device=device)
+
+
+def _step(
+    tokens: Tensor, cfg: ModelConfig, cache: KVCache, lengths: Tensor | None, ready: Prepared, axes: Axes
+) -> _Step:
+    rows, t = tokens.shape
+    if cache.pos.shape[0] != rows:
+        raise ValueError(f"{rows} rows of tokens do not suit a cache of {cache.pos.shape[0]}; give one for each")
+    starts: list[int] = cache.pos.tolist()
+    counts: list[int] = [t] * rows if lengths is None else lengths.tolist()
+    used, size = max(s + n for s, n in zip(starts, counts, strict=True)), cache.k.shape[3]
+    if used > size:
+        raise ValueError(f"position {used - 1} does not fit into a cache of {size}; make it longer, or stop before")
+    together = min(counts) == t and min(starts) == max(starts)
+    at = cache.pos[:, None] + torch.arange(t, device=tokens.device)
+    put = None if together else _valid(at, counts)
+    at = at if min(counts) == t else at.clamp(max=cfg.seq_len - 1)  # what stands behind a row's end is looked up too
+    seen = slice(max(0, min(starts) + 1 - cfg.window) if cfg.window else 0, max(used, 1))
+    rotation = None if ready.rotation is None else (ready.rotation[0][at], ready.rotation[1][at])
+    needs_bias = t > 1 or not together or cfg.positions == "alibi"
+    bias = _bias(at[:1] if together else at, seen, cfg, cache.k, axes) if needs_bias else None
+    return _Step(at, starts[0] if together else None, put, seen, bias, Places(rotation, (), 0))
+
+
+def _valid(at: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens that are meant: their rows, positions, and index among all."""
+    meant = torch.arange(at.shape[1], device=at.device) < torch.tensor(counts, device=at.device)[:, None]
+    index = meant.flatten().nonzero().squeeze(-1)
+    return index // at.shape[1], at.flatten()[index], index
+
+
+def _bias(at: Tensor, seen: slice, cfg: ModelConfig, like: Tensor, axes: Axes) -> Tensor:
+    """-inf where a key is later than the query or out of the window; ALiBi's slope times the distance."""
+    distance = (at[..., None] - torch.arange(seen.start, seen.stop, device=at.device))[:, None, None]
+    hidden = distance < 0 if cfg.window is None else (distance < 0) | (distance >= cfg.window)
+    bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+    if cfg.positions == "alibi":
+        n_kv, shared = like.shape[2], cfg.n_heads // cfg.kv_heads
+        first = axes.tensor.index * -(-cfg.n_heads // axes.tensor.size) if axes.tensor else 0
+        slopes = alibi_slopes(cfg.n_heads, like.device)[first : first + n_kv * shared]
+        bias = (-slopes.view(1, n_kv, shared, 1, 1) * distance).to(like.dtype)
+    return bias.masked_fill(hidden, -torch.inf)
+
+
+def _tokens_before(cache: KVCache, cfg: ModelConfig) -> Tensor:
+    """The tokens that n-grams at the next position reach back to, (B, N - 1); V where the text has not begun."""
+    at = cache.pos[:, None] + torch.arange(1 - max(order for order, _ in cfg.ngrams), 0, device=cache.pos.device)
+    return cache.tokens.gather(1, at.clamp(min=0)).masked_fill(at < 0, cfg.vocab_size)
+
+
+def _block(p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: Tensor, axes: Axes) -> Tensor:
+    """One transformer block, (B, T, D) -> (B, T, D), that writes its keys and values into k and v (B, H_kv, S, K)."""
+    a = _attend(p, norm(p, "attn_norm", x, cfg), cfg, step, k, v, axes)
+    y = x if cfg.parallel_residual else x + a
+    m = mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes, "plain")
+    return x + a + m if cfg.parallel_residual else y + m
+
+
+def _attend(p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: Tensor, axes: Axes) -> Tensor:
+    qkv = F.linear(pvary(x, axes.tensor), p["attn.qkv.weight"], p.get("attn.qkv.bias")).unflatten(
+        -1, (-1, cfg.head_dim)
+    )
+    n_kv = k.shape[1]
+    n_q = qkv.shape[2] - 2 * n_kv
+    qk, v_new = qkv.split([n_q + n_kv, n_kv], 2)
+    if cfg.qk_norm or step.places.rotation is not None:
+        qk = turn(p, qk, n_q, cfg, step.places, axes, _PLAIN)
+    q, k_new = qk.split([n_q, n_kv], 2)
+    _write_(k, k_new, step)
+    _write_(v, v_new, step)
+    y = _look(q, k[:, :, step.seen], v[:, :, step.seen], cfg, step.bias)
+    out = psum(F.linear(y, p["attn.out.weight"]), axes.tensor)
+    return out + p["attn.out.bias"] if cfg.bias else out
+
+
+def _write_(cached: Tensor, new: Tensor, step: _Step) -> None:
+    """The new (B, T, H_kv, K) to their places in (B, H_kv, S, K)."""
+    if step.put is None:
+        assert step.start is not None
+        cached[:, :, step.start : step.start + new.shape[1]] = new.transpose(1, 2)
+    else:
+        rows, positions, index = step.put
+        cached[rows, :, positions] = new.flatten(0, 1)[index]
+
+
+def _look(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T scale + bias) v: q (B, T, H, K), k and v (B, H_kv, s, K) -> (B, T, H K)."""
+    b, t, h, d = q.shape
+    n_kv = k.shape[1]
+    shared = (q * scale(cfg)).transpose(1, 2).reshape(b, n_kv, -1, d)  # the G T queries that read the same keys
+    scores = shared @ k.mT
+    if bias is not None:
+        scores = (scores.view(b, n_kv, h // n_kv, t, -1) + bias).view(scores.shape)
+    y = scores.softmax(-1) @ v
+    return y.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
