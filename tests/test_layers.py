@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "types",
     "tree",
-    "random < dropout | config < overrides | collectives | compiling | kernels | machine",
+    "random < dropout | config < overrides | collectives | compiling | kernels | machine < environment",
     "attention < blocked < mlp < sublayers < forward < losses | optim | sharding | tokenizers | world",
     "params < presets | sampling | data | interop | decode",
     "step | generate | evaluate | checkpoint < trained | lift | budget",
@@ -25,7 +25,19 @@ FLOORS = (
 )
 MAY_ALSO = {("cli/serve.py", "webui")}  # to start it
 DISTRIBUTED = {"fnlm/collectives.py", "fnlm/sharding/mesh.py"}
-READS_ENVIRONMENT = {"config", "machine", "sharding", "data", "interop", "evaluate", "loop", "track", "cli", "webui"}
+READS_ENVIRONMENT = {
+    "config",
+    "machine",
+    "environment",
+    "sharding",
+    "data",
+    "interop",
+    "evaluate",
+    "loop",
+    "track",
+    "cli",
+    "webui",
+}
 READS_ENVIRONMENT |= {"benchmark", "benchmark_contestants", "benchmark_worker"}
 PICKLES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "torch.save", "torch.load"}
 
