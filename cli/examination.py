@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import fnlm
-from fnlm import machine, optim, tree
+from fnlm import environment, machine, optim, tree
 
 PROBE_S = 1.0  # for each device
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,25 +75,15 @@ def examined(device: str) -> dict[str, Any]:
     """Name, memory, bfloat16, the rate of matrix products, and whether a training step works."""
     cuda = device != "cpu"
     known = torch.cuda.get_device_properties(device) if cuda else None
-    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     fast = machine.has_fast_bf16(device)
     return {
         "device": device,
-        "name": known.name if known else cpu_name(),
-        "memory_bytes": known.total_memory if known else ram,
+        "name": known.name if known else environment.cpu_name(),
+        "memory_bytes": known.total_memory if known else environment.memory_installed(),
         "bf16": {"fast": fast, "why": bf16_reason(device, fast)},
         "gflops": rates(device),
         "training_step": attempt(partial(train_once, device)),
     }
-
-
-def cpu_name() -> str:
-    """As /proc/cpuinfo says it, or the system."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def bf16_reason(device: str, fast: bool) -> str:

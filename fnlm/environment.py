@@ -28,7 +28,7 @@ KNOWN = Path("/proc"), Path("/sys/fs/cgroup")
 def environment(argv: Sequence[str]) -> dict[str, Any]:
     """What `environment.json` says of a run that starts now: fit for JSON, and without secrets.
 
-    Of the environment's variables: OMP_NUM_THREADS, CUDA_VISIBLE_DEVICES, and FNLM_* whose name is not that of a secret.
+    Of the environment: OMP_NUM_THREADS, CUDA_VISIBLE_DEVICES, and FNLM_* whose name is not that of a secret.
     """
     here = {k: v for k, v in os.environ.items() if VARIABLES.fullmatch(k) and not SECRET.search(k)}
     return {
@@ -180,7 +180,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device | str, precision: str) -> float | None:
-    """The FLOP/s that a device can do at most in "fp32", "bf16" or "fp16"; None for a CPU or a GPU that is not known."""
+    """The most FLOP/s of a device in "fp32", "bf16" or "fp16"; None for a CPU, or a GPU that is not known."""
     if torch.device(device).type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device), precision)

@@ -38,6 +38,8 @@ NAMED = {name: dtype for dtype, name in DTYPES.items()}
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, is damaged, or does not fit; the message says what to do."""
 
+    exit_code = 4
+
 
 def sha256(parts: Iterable[memoryview]) -> str:
     """The sha256 of the pieces one after the other, in hexadecimal."""

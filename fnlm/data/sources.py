@@ -180,16 +180,17 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise DataError(f"{file}: reading .parquet needs pyarrow; install it, or convert to .jsonl") from error
-    try:
-        table = parquet.ParquetFile(file)
-    except ValueError as error:  # pyarrow's own errors are such
-        raise DataError(f"{file} is not a .parquet file: {error}") from error
+        remedy = "pip install 'fnlm[parquet]', or convert to .jsonl"
+        raise DataError(f"{file}: reading .parquet needs pyarrow: {remedy}") from error
     number = 0
-    for batch in table.iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{file}, row {number}", row
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}, row {number}", row
+    except (ValueError, OSError) as error:  # pyarrow's own errors, and text that is not UTF-8
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{file} is not a whole .parquet file: {reason} (after row {number})") from error
 
 
 def whole(text: str) -> str:

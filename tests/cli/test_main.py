@@ -18,6 +18,8 @@ from click.testing import CliRunner
 import fnlm
 from cli import main as cli_main
 from cli.main import COMMANDS, cli
+from fnlm.checkpoint import CheckpointError
+from fnlm.data import DataError
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,6 +123,8 @@ def test_an_unknown_option_is_a_usage_error() -> None:
     [
         (ValueError("n_heads=5 does not divide;\n  choose 4"), "n_heads=5 does not divide; choose 4", 2),
         (ValueError(), "ValueError", 2),
+        (DataError("a.txt is empty"), "a.txt is empty", 4),
+        (CheckpointError("00000010 does not fit:\n  shape  head"), "00000010 does not fit: shape head", 4),
         (FileNotFoundError(2, "No such file or directory", "x.toml"), "x.toml: No such file or directory", 1),
         (OSError(28, "No space left on device"), "No space left on device", 1),
         (OSError("the server hung up"), "the server hung up", 1),
