@@ -18,6 +18,10 @@ from cli.group import Group
 # show its help, since torch alone takes a second.
 COMMANDS = {
     "prepare": "Turn text or conversations into tokens to train on.",
+    "train": "Train a model on prepared data.",
+    "finetune": "Train a trained model further, on other data.",
+    "chat": "Talk with a trained model in the terminal.",
+    "serve": "Open a chat page and an OpenAI-compatible API.",
     "eval": "Measure a model's loss on prepared data.",
     "bench": "Time the library beside others.",
     "inspect": "Show a model's parameters, FLOPs and memory.",

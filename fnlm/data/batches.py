@@ -6,7 +6,7 @@ the way (`Sizes`), any split of a batch over ranks and any resumed run meet the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ def batches(
     stop: int | None = None,
     rows: range | slice | None = None,
     depth: int = 2,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """`batch_at` of the steps from `start` on, made ahead in a thread; a tenth of its time, as orders are shared.
 
     Where the batch size changes, `slice(rank, None, ranks)` as `rows` gives every rank its part of each batch.

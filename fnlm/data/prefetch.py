@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from itertools import count
 from typing import NamedTuple, TypeVar
 
@@ -18,7 +18,9 @@ class _Item(NamedTuple):
     error: BaseException | None = None
 
 
-def prefetch(make: Callable[[int], T], start: int = 0, stop: int | None = None, depth: int = 2) -> Iterator[T]:
+def prefetch(
+    make: Callable[[int], T], start: int = 0, stop: int | None = None, depth: int = 2
+) -> Generator[T, None, None]:
     """`make(start)`, `make(start + 1)`, ... up to `stop` (None: for ever), up to `depth` of them made ahead.
 
     An error of `make` is raised where its result would have come. Closing the iterator, or losing it, ends the thread.
@@ -32,7 +34,7 @@ def prefetch(make: Callable[[int], T], start: int = 0, stop: int | None = None, 
     return _take(thread, ready, closed)
 
 
-def _take(thread: threading.Thread, ready: queue.Queue[_Item], closed: threading.Event) -> Iterator[T]:
+def _take(thread: threading.Thread, ready: queue.Queue[_Item], closed: threading.Event) -> Generator[T, None, None]:
     thread.start()
     try:
         while True:

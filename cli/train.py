@@ -1,0 +1,65 @@
+"""`fnlm train`: a preset and prepared data to a trained model; interrupted, it goes on where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cli.training import Wish, begun, continued, open_data, pairs_of, preset_and_data, run_options, separated, to_resume
+from fnlm import PRESETS, TRAINING, overrides, trained
+from fnlm.config import Compute, TrainConfig
+from fnlm.loop import RunConfig
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[PRESET] [FOLDER] [KEY=VALUE]...")
+@click.option("--init-from", type=click.Path(path_type=Path), metavar="MODEL", help="Start from a run or checkpoint.")
+@run_options
+def command(
+    words: tuple[str, ...],
+    init_from: Path | None,
+    data: Path | None,
+    out: Path | None,
+    resume: str | None,
+    config: Path | None,
+    track: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Train a model on prepared data.
+
+    PRESET is a name that `fnlm inspect` lists, `demo` by default; FOLDER is data that `fnlm prepare` made,
+    `data/PRESET` by default. KEY=VALUE, or --KEY VALUE, changes any field of the model, of training and of the run,
+    by our names or nanoGPT's; batch=auto finds the largest micro-batch that fits.
+
+        fnlm train shakespeare-char data/shakespeare steps=2000 --lr 3e-4
+
+    SIGINT and SIGTERM save first; `--resume` goes on, bit for bit.
+    """
+    plain, given = overrides.split(words)
+    given, options = separated(given, ("init_from",))
+    name, folder = preset_and_data(plain, list(PRESETS))
+    data = data or folder or (Path(options["data"]) if "data" in options else None)
+    out = out or (Path(options["out"]) if "out" in options else None)
+    if options.get("init_from") == "resume":
+        resume = resume or "auto"
+    elif options.get("init_from", "scratch") != "scratch":
+        init_from = init_from or Path(options["init_from"])
+    wish = Wish(pairs_of(given, config, track), data, out, resume, force, quiet, as_json, dry_run)
+    default = Path("runs") / (name or "demo")
+    if found := to_resume(wish, default):
+        was = found.config.get("preset")
+        if name and was != name:
+            raise ValueError(
+                f"{found.folder} is a run of {was}, not of {name}; leave the preset out, or give another --out"
+            )
+        return continued(found, wish)
+    model = trained.load(init_from) if init_from else None
+    preset = name or (model.config.get("preset") if model else None) or "demo"
+    base = PRESETS[preset] if model is None else model.cfg
+    train = TRAINING.get(preset, TrainConfig(steps=1000, batch_size=16))
+    dataset = open_data(data, Path("data") / preset)
+    return begun((base, train, RunConfig(), Compute()), wish, out or default, dataset, model, preset=preset)

@@ -1,0 +1,347 @@
+"""What `fnlm train` and `fnlm finetune` share: options, settings to a job, the job to its end, and the last lines."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+import torch
+
+from cli import settings as gather
+from cli.settings import Pair
+from fnlm import __version__, data, loop, trained
+from fnlm.checkpoint import CheckpointError
+from fnlm.config import ModelConfig, TrainConfig, did_you_mean, override
+from fnlm.data import DataError, Dataset
+from fnlm.environment import environment, memory_available
+from fnlm.loop import Job, Outcome, RunConfig, Settings, memory
+from fnlm.machine import has_fast_bf16, tune_cpu
+from fnlm.track import TRACKERS, Progress, open_trackers
+from fnlm.trained import Trained
+from fnlm.types import Params
+
+F = TypeVar("F", bound=Callable[..., Any])
+NOT_FINITE = 5
+
+
+class Wish(NamedTuple):
+    """The common options of a run."""
+
+    pairs: list[Pair]
+    data: Path | None
+    out: Path | None
+    resume: str | None
+    force: bool
+    quiet: bool
+    as_json: bool
+    dry_run: bool
+
+
+OPTIONS = (
+    click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Prepared data."),
+    click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Of the run. [default: runs/NAME]"),
+    click.option(
+        "--resume", is_flag=False, flag_value="auto", metavar="[auto|PATH]",
+        help="Go on: with the run in --out where there is one, or with the run or checkpoint PATH.",
+    ),
+    click.option("--config", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="TOML or YAML."),
+    click.option("--track", multiple=True, type=click.Choice(list(TRACKERS)), help="Also log there."),
+    click.option("--force", is_flag=True, help="Replace the run that is in the folder."),
+    click.option("--dry-run", is_flag=True, help="Print all settings and stop."),
+    click.option("--quiet", is_flag=True, help="No progress on stderr."),
+    click.option("--json", "as_json", is_flag=True, help="How it ended, as JSON."),
+)  # fmt: skip
+NAMES = ("--data", "--out", "--resume", "--config", "--track", "--force", "--dry-run", "--quiet", "--json")
+
+
+def run_options(command: F) -> F:
+    """The options that both commands have."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def pairs_of(words: list[Pair], file: Path | None, track: tuple[str, ...]) -> list[Pair]:
+    """All settings that were given, the weightiest last."""
+    pairs = [*(gather.from_file(file) if file else []), *gather.from_environment(), *words]
+    return [*pairs, ("trackers", json.dumps(list(track)))] if track else pairs
+
+
+def separated(words: list[Pair], names: tuple[str, ...]) -> tuple[list[Pair], dict[str, str]]:
+    """Pairs that stand for options, such as nanoGPT's `out_dir=runs/x`, apart from the settings."""
+    known = {"out_dir": "out", "dataset": "data", **{name: name for name in names}}
+    options = {known[key]: value for key, value in words if key in known and value is not None}
+    return [(key, value) for key, value in words if key not in known], options
+
+
+# Fresh runs
+
+
+def paced(run: RunConfig, steps: int, pairs: list[Pair]) -> RunConfig:
+    """Intervals that suit the length of the run, where none are given: ten evaluations, a hundred lines."""
+    given = [value for key, value in pairs if gather.names(key) == "eval_every" and value and value.isdecimal()]
+    every = int(given[-1]) if given else min(1000, max(1, steps // 10))
+    suited = {
+        "eval_every": every, "save_every": every, "sample_every": every,
+        "log_every": min(10, max(1, steps // 100)), "health_every": min(100, max(1, steps // 20)),
+    }  # fmt: skip
+    return override(run, **{name: value for name, value in suited.items() if not gather.given(pairs, name)})
+
+
+def shortened(train: TrainConfig, pairs: list[Pair]) -> list[Pair]:
+    """A warm-up and a decay for a run too short for the preset's own, where none are given: as large a part of it."""
+    steps = gather.steps_in(pairs)
+    if steps is None or steps >= train.steps:
+        return []
+    lengths = {"warmup": train.warmup, "decay_steps": train.decay_steps}
+    return [(k, str(n * steps // train.steps)) for k, n in lengths.items() if n and n > steps // 2]
+
+
+def fresh(base: Settings, wish: Wish, dataset: Dataset, say: Callable[[str], None]) -> Settings:
+    """The settings of a new run: the base, what was given, and what the data and the machine decide."""
+    pairs, auto = gather.set_to_auto(wish.pairs, "batch_size")
+    pairs = [*shortened(base[1], pairs), *pairs]
+    model, train, run, compute = gather.applied(base, pairs, NAMES)
+    run = paced(run, train.steps, pairs)
+    model = with_vocabulary(model, dataset, gather.given(pairs, "vocab_size"), say)
+    if auto:
+        train = fitted(model, train, run, compute, say)
+    elif device_of(run).type == "cpu":
+        memory.check(model, train, memory_available())
+    return model, train, run, compute
+
+
+def with_vocabulary(cfg: ModelConfig, dataset: Dataset, chosen: bool, say: Callable[[str], None]) -> ModelConfig:
+    """The model with the data's vocabulary, unless one was chosen. Raises DataError where that is too small."""
+    size = dataset.manifest["vocab_size"]
+    if chosen and cfg.vocab_size < size:
+        raise DataError(
+            f"vocab_size={cfg.vocab_size} is too small for {dataset.folder}, whose tokenizer has {size} tokens"
+        )
+    if chosen or cfg.vocab_size == size:
+        return cfg
+    say(f"vocab_size={size}, that of {dataset.folder}'s tokenizer, instead of the preset's {cfg.vocab_size}")
+    return replace(cfg, vocab_size=size)
+
+
+def fitted(
+    cfg: ModelConfig, train: TrainConfig, run: RunConfig, compute: Any, say: Callable[[str], None]
+) -> TrainConfig:
+    """`batch=auto`: the largest micro-batch that fits, the global batch kept; tried on a GPU, estimated on a CPU."""
+    device = device_of(run)
+    if device.type == "cpu":
+        found = memory.largest(cfg, train, memory_available())
+    else:
+        found = memory.tried(train, lambda choice: memory.one_step(cfg, choice, compute, device))
+    say(f"batch=auto: batch_size={found.batch_size} micro_batches={found.micro_batches}")
+    return found
+
+
+def device_of(run: RunConfig) -> torch.device:
+    """The device that a run names; "auto" is a GPU where there is one."""
+    if run.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(run.device)
+    except RuntimeError as error:
+        raise ValueError(f"device={run.device!r} is unknown; choose auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise memory.DoesNotFit(f"device={run.device}: torch sees no GPU here; 'fnlm doctor' says why")
+    return device
+
+
+# Resumed runs
+
+
+class Found(NamedTuple):
+    """A checkpoint to go on from, the folder to go on in, and its config.json."""
+
+    checkpoint: Path
+    folder: Path
+    config: dict[str, Any]
+
+
+def to_resume(wish: Wish, default_out: Path) -> Found | None:
+    """What `--resume` means, or None: a fresh run. Raises CheckpointError where a named PATH has nothing to resume."""
+    if wish.resume is None:
+        return None
+    folder = wish.out or default_out if wish.resume == "auto" else Path(wish.resume)
+    if wish.resume != "auto" and not folder.exists():
+        raise CheckpointError(f"there is no {folder} to resume from")
+    if (folder / "COMMITTED").is_file() or (folder / "MANIFEST.json").is_file():
+        checkpoint, own = folder, folder.parent.parent
+    else:
+        found = loop.resumable(folder)
+        if found is None and wish.resume == "auto":
+            return None
+        if found is None:
+            raise CheckpointError(f"{folder} has no whole checkpoint to resume from")
+        checkpoint, own = found, folder
+    return Found(checkpoint, wish.out or own, loop.read_config(checkpoint))
+
+
+def resumed(found: Found, wish: Wish) -> Settings:
+    """The settings that the run had, with what is given now."""
+    pairs, _ = gather.set_to_auto(wish.pairs, "batch_size")
+    return gather.applied(loop.settings_of(found.config, found.checkpoint / "config.json"), pairs, NAMES)
+
+
+def same_data(found: Found, dataset: Dataset) -> None:
+    """Raises DataError where the data are not those that the run has been trained on."""
+    before, now = found.config.get("data_sha256"), fingerprint(dataset)
+    if before is not None and before != now:
+        raise DataError(
+            f"{dataset.folder} is not what {found.checkpoint} was trained on (its sha256 differs), so the run "
+            "cannot go on as it was; start another one with --init-from"
+        )
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """The sha256 of the training tokens, as the manifest has it."""
+    return str(dataset.manifest["splits"]["train"]["sha256"])
+
+
+# Both
+
+
+def init(model: Trained, dataset: Dataset) -> Params:
+    """The parameters to start from. Raises DataError where the data have another tokenizer than the model."""
+    data.require_same_tokenizer(dataset, model.tokenizer.sha256, str(model.path))
+    return model.params
+
+
+def carry_out(job: Job, wish: Wish, say: Callable[[str], None]) -> int:
+    """Run the job and say how it ended; returns the exit code."""
+    if job.device.type == "cpu":
+        tune_cpu()
+        if job.train.precision == "bf16" and not has_fast_bf16():
+            say("this CPU has no bfloat16 instructions: precision=fp32 is faster here")
+    trackers = open_trackers(job.run.trackers, job.folder, job.config)
+    for name, content in (("config.json", job.config), ("environment.json", environment(sys.argv))):
+        (job.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with Progress(job.train.steps, quiet=wish.quiet) as progress:
+        outcome = loop.fit(job, trackers, progress)
+    click.echo(json.dumps(as_dict(job, outcome), indent=2) if wish.as_json else "\n".join(told(job, outcome)))
+    if outcome.reason == "not finite":
+        click.echo(f"error: {outcome.message}", err=True)
+        return NOT_FINITE
+    if outcome.signal is not None and outcome.reason == "signal":
+        name = signal.Signals(outcome.signal).name
+        click.echo(f"{name}: saved step {outcome.step}; go on with --resume {job.folder}", err=True)
+        return 128 + outcome.signal
+    return 0
+
+
+def as_dict(job: Job, outcome: Outcome) -> dict[str, Any]:
+    """How a run ended, fit for JSON."""
+    val = outcome.val._asdict() if outcome.val else None
+    kept = outcome._asdict() | {"checkpoint": str(outcome.checkpoint), "val": val}
+    return {"run": str(job.folder), **kept}
+
+
+def told(job: Job, outcome: Outcome) -> list[str]:
+    """How a run ended, in one or two lines."""
+    val = f", validation {outcome.val.loss:.4f}" if outcome.val else ""
+    best = f" (best {outcome.best:.4f})" if outcome.best is not None and outcome.val else ""
+    minutes, seconds = divmod(round(outcome.seconds), 60)
+    lines = [f"{job.folder}: step {outcome.step}, loss {outcome.loss:.4f}{val}{best}, {minutes}:{seconds:02d} min"]
+    return lines + ([f"{outcome.reason}: {outcome.message}"] if outcome.reason == "early stop" else [])
+
+
+def described(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any]:
+    """The run's config.json."""
+    tokenizer = dataset.manifest["tokenizer"]
+    return loop.described(
+        settings, data=str(dataset.folder), data_sha256=fingerprint(dataset), kind=dataset.manifest["kind"],
+        tokenizer=tokenizer, **more, fnlm=__version__,
+    )  # fmt: skip
+
+
+def job_of(settings: Settings, dataset: Dataset, folder: Path, config: dict[str, Any], **more: Any) -> Job:
+    """The job that settings make."""
+    model, train, run, compute = settings
+    return Job(
+        cfg=model, train=train, run=run, compute=compute, dataset=dataset, folder=folder, config=config,
+        device=device_of(run), **more,
+    )  # fmt: skip
+
+
+def say_to_stderr(quiet: bool) -> Callable[[str], None]:
+    """Lines on stderr, unless quiet."""
+    return lambda line: None if quiet else click.echo(line, err=True)
+
+
+def continued(found: Found, wish: Wish) -> int:
+    """Go on with a run."""
+    settings = resumed(found, wish)
+    dataset = data.open(wish.data or found.config["data"])
+    same_data(found, dataset)
+    kept = {key: found.config.get(key) for key in ("preset", "init_from")}
+    config = described(settings, dataset, **kept)
+    if wish.dry_run:
+        click.echo(json.dumps(config, indent=2))
+        return 0
+    for name in ("checkpoints", "samples"):
+        (found.folder / name).mkdir(parents=True, exist_ok=True)
+    say = say_to_stderr(wish.quiet)
+    return carry_out(job_of(settings, dataset, found.folder, config, resume=found.checkpoint), wish, say)
+
+
+def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Trained | None, **more: Any) -> int:
+    """Start a run, from nothing or from a model."""
+    say = say_to_stderr(wish.quiet)
+    params = init(model, dataset) if model else None
+    settings = fresh(base, wish, dataset, say)
+    if model and settings[0] != override(base[0]):
+        require_same_shape(base[0], settings[0], model)
+    config = described(settings, dataset, init_from=str(model.path) if model else None, **more)
+    if wish.dry_run:
+        click.echo(json.dumps(config, indent=2))
+        return 0
+    loop.claim(folder, wish.force)
+    return carry_out(job_of(settings, dataset, folder, config, params=params), wish, say)
+
+
+def require_same_shape(before: ModelConfig, now: ModelConfig, model: Trained) -> None:
+    """Raises CheckpointError where the settings ask for other parameters than the model has."""
+    from fnlm.params import shapes
+
+    wanted, there = shapes(now), {k: tuple(p.shape) for k, p in model.params.items()}
+    odd = [name for name in {**wanted, **there} if wanted.get(name) != there.get(name)]
+    if odd:
+        first = f"{odd[0]} is {there.get(odd[0])} there, {wanted.get(odd[0])} here"
+        raise CheckpointError(
+            f"{model.path} does not fit these settings: {first}; leave out what changes the model's shape"
+        )
+
+
+def preset_and_data(plain: list[str], presets: list[str]) -> tuple[str | None, Path | None]:
+    """The preset and the data folder among the words that are no settings."""
+    name, folder = None, None
+    for word in plain:
+        if word in presets and name is None:
+            name = word
+        elif Path(word).exists() and folder is None:
+            folder = Path(word)
+        elif "/" in word:
+            raise DataError(f"{word} does not exist; make it with 'fnlm prepare PATH --out {word}'")
+        else:
+            raise ValueError(f"there is no preset {word!r}{did_you_mean(word, presets)}")
+    return name, folder
+
+
+def open_data(folder: Path | None, default: Path) -> Dataset:
+    """The data of a run. Raises DataError that says how to make them."""
+    if folder is None and not (default / "manifest.json").is_file():
+        how = "fnlm prepare demo" if default.name.startswith("demo") else "fnlm prepare PATH"
+        raise DataError(f"which data? give --data FOLDER, a folder made by '{how}' (there is no {default})")
+    return data.open(folder or default)
+
+
+__all__ = ["Trained", "Wish", "begun", "continued", "run_options", "to_resume", "trained"]

@@ -1,0 +1,66 @@
+"""What goes into a run and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fnlm import random
+from fnlm.config import Compute, ModelConfig, TrainConfig
+from fnlm.data import Dataset
+from fnlm.evaluate import Evaluation
+from fnlm.loop.settings import RunConfig
+from fnlm.types import Params, TrainState
+
+Reason = Literal["finished", "early stop", "signal", "not finite"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a run is made of. `config` goes into each checkpoint as config.json.
+
+    `params`: start from these instead of anew. `resume`: a checkpoint with the whole state, of this run or of another
+    with the same model and optimizer.
+    """
+
+    cfg: ModelConfig
+    train: TrainConfig
+    run: RunConfig
+    compute: Compute
+    dataset: Dataset
+    folder: Path
+    config: dict[str, Any]
+    params: Params | None = None
+    resume: Path | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+class Begin(NamedTuple):
+    """The state to go on from, and what the checkpoint noted beside it."""
+
+    state: TrainState
+    notes: dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    """How a run ended: `signal` is the number that stopped it, `best` the best validation loss."""
+
+    step: int
+    reason: Reason
+    checkpoint: Path
+    loss: float
+    val: Evaluation | None
+    best: float | None
+    seconds: float
+    signal: int | None = None
+    message: str = ""
+
+
+def keys_of(train: TrainConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The keys of the initial parameters, the order of the data, dropout, and samples: all from `train.seed`."""
+    root = random.key(train.seed)
+    return random.fold_in(root, 0), random.fold_in(root, 1), random.fold_in(root, 2), random.fold_in(root, 3)

@@ -1,0 +1,317 @@
+"""What happens between two steps: watched, logged, saved, evaluated, sampled, stopped.
+
+What a step learns is decided elsewhere (`fnlm.step`, `fnlm.optim`). All that the next step depends on is in the
+checkpoint: the state, the settings, and what the guard remembers. A killed run goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fnlm import checkpoint, data, random
+from fnlm.checkpoint import CheckpointError, Saver
+from fnlm.data import Sizes
+from fnlm.environment import peak_bytes, peak_flops
+from fnlm.evaluate import Evaluation, evaluate
+from fnlm.loop import folder as files
+from fnlm.loop.clock import Clock
+from fnlm.loop.guard import Guard
+from fnlm.loop.health import health, norms
+from fnlm.loop.job import Begin, Job, Outcome, Reason, keys_of
+from fnlm.loop.samples import PARTED, Sampler
+from fnlm.loop.signals import Stop
+from fnlm.losses import make_lm_loss
+from fnlm.params import flops_per_token
+from fnlm.presets import optimizer_of, schedule_of, trained_model
+from fnlm.step import LossScale, Metrics, Plan, make_step
+from fnlm.track import JsonLines, Progress, Tracker
+from fnlm.types import Batch, Params, TrainState
+
+FAILED_SAVES = 3  # in a row, that end a run; a disk may be full for a while
+SHOWN = 160  # characters of a sample on the terminal
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether a count of steps is a multiple of `every`; 0 and None: never."""
+    return bool(every) and step > 0 and step % (every or 1) == 0
+
+
+def averaged(state: TrainState) -> Params:
+    """The moving average of the parameters where the optimizer keeps one (`ema`), else the parameters."""
+    inner = state.opt_state.inner if isinstance(state.opt_state, LossScale) else state.opt_state
+    average: Params = inner["ema"].average if isinstance(inner, dict) and "ema" in inner else state.params
+    return average
+
+
+def pieces(batch: Batch, rows: int, device: torch.device) -> list[Batch]:
+    """A step's batch on its device, in micro-batches of at most `rows` rows."""
+    parts = zip(*(x.to(device, non_blocking=True).split(rows) for x in batch), strict=True)
+    return [Batch(*part) for part in parts]
+
+
+class Session:
+    """One call of `fit`: the state, and what is remembered around it."""
+
+    def __init__(self, job: Job, begin: Begin, saver: Saver, stop: Stop, tracker: Tracker, progress: Progress) -> None:
+        self.job, self.state, self.saver, self.stop = job, begin.state, saver, stop
+        self.tracker, self.progress = tracker, progress
+        loss = make_lm_loss(trained_model(job.cfg, job.train), job.compute)
+        self.take = make_step(loss, optimizer_of(job.train, job.cfg), Plan(job.train.precision), self._judge)
+        self.sizes = Sizes(job.train.ramp, job.train.batch_size * job.train.micro_batches)
+        _, self.order, _, self.sample_key = keys_of(job.train)
+        self.guard, self.clock = Guard(job.run.guard_z), Clock()
+        self.sampler = Sampler(job.cfg, job.run, job.dataset, job.folder / files.SAMPLES)
+        self.rate, self.peak = schedule_of(job.train, job.train.lr), peak_flops(job.device, job.train.precision)
+        self.refused: str | None = None
+        self.watched: tuple[dict[str, Tensor], Params] | None = None
+        self.losses: list[Tensor] = []
+        self.clipped = self.failed = 0
+        self.val: Evaluation | None = None
+        own = job.resume is not None and job.resume.parent == saver.folder
+        self.saved: Path | None = job.resume if own else None
+        self._remember(begin.notes)
+        self.began = perf_counter() - float(begin.notes.get("seconds", 0.0))
+
+    def _remember(self, notes: dict[str, Any]) -> None:
+        """Take over what a checkpoint notes beside the state."""
+        self.guard.restore(notes.get("guard", {}))
+        self.in_a_row, self.worse = int(notes.get("in_a_row", 0)), int(notes.get("worse", 0))
+        self.skipped, self.unmade = int(notes.get("skipped", 0)), int(notes.get("unmade", 0))
+        self.rollbacks, self.best = int(notes.get("rollbacks", 0)), notes.get("best")
+        self.loss = math.nan if notes.get("loss") is None else float(notes["loss"])
+        self.norm = torch.tensor(math.nan)
+
+    def _notes(self) -> dict[str, Any]:
+        """What goes into a checkpoint beside the state."""
+        names = ("in_a_row", "worse", "skipped", "unmade", "rollbacks", "best", "loss")
+        told = {"guard": self.guard.state(), "tokens": self.tokens, "seconds": perf_counter() - self.began}
+        return {name: getattr(self, name) for name in names} | told | {"val_loss": self.val.loss if self.val else None}
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+    @property
+    def tokens(self) -> int:
+        """Those seen since the beginning."""
+        return self.sizes.first(self.step) * self.job.cfg.seq_len
+
+    def run(self) -> Outcome:
+        """All steps that are left, and how it ended."""
+        if self.job.resume is not None:
+            self._event("resumed", f"resumed from {self.job.resume}")
+            if ended := self._catch_up():
+                return ended
+        with closing(self._batches()) as batches:
+            self.clock.paused()
+            for batch in batches:
+                self.clock.waited()
+                if ended := self._once(batch):
+                    return ended
+        return self._pause(last=True) or self._end("finished")
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        job = self.job
+        return data.batches(job.dataset.train, job.cfg.seq_len, self.sizes, self.order, self.step, job.train.steps)
+
+    def _once(self, batch: Batch) -> Outcome | None:
+        """A step and what follows it."""
+        parts = pieces(batch, self.job.train.batch_size, self.job.device)
+        self.refused = None
+        self.state, metrics = self.take(self.state, parts if len(parts) > 1 else parts[0])
+        self.clock.stepped(batch.tokens.numel())
+        self.progress.advance(self.step)
+        self._count(metrics)
+        ended = self._after_refusal() if self.refused else None
+        if due(self.step, self.job.run.log_every) or self.step == 1:
+            self._log()
+        if self.watched:
+            grads, before = self.watched
+            self._row(health(grads, before, self.state.params))
+            self.watched = None
+        if ended is None and self.stop():
+            ended = self._stopped()
+        return ended or (self._pause() if self.step < self.job.train.steps else None)
+
+    def _judge(self, value: Tensor, norm: Tensor, grads: Params, params: Params) -> bool:
+        """Between gradients and optimizer: whether to take the step (`fnlm.step.Judge`)."""
+        if due(self.step, self.job.run.health_every) or (self.job.run.health_every and self.step == 0):
+            self.watched = norms(grads), {name: p.clone() for name, p in params.items()}
+        if self.job.run.guard != "off":
+            self.refused = self.guard.reason(float(value), float(norm))
+        return self.refused is None
+
+    def _count(self, metrics: Metrics) -> None:
+        made = not int(metrics["train/skipped"])
+        self.norm = metrics.get("train/grad_norm", self.norm)
+        self.clipped += made and self.job.train.clip is not None and bool(self.norm > self.job.train.clip)
+        self.skipped += not made
+        self.unmade += not made
+        self.in_a_row = 0 if self.refused is None else self.in_a_row + 1
+        if self.refused is None:
+            self.losses.append(metrics["train/loss"])
+
+    def _after_refusal(self) -> Outcome | None:
+        """What the guard was told to do about the step just refused, with the samples to blame in the log."""
+        run, bad = self.job.run, self.step - 1
+        numbers = data.sample_ids(self.job.dataset.train, self.job.cfg.seq_len, self.sizes, self.order, bad).tolist()
+        starts = data.window_starts(self.job.dataset.train, self.job.cfg.seq_len, self.sizes, self.order, bad).tolist()
+        message = f"step {bad}: {self.refused}; its update was left out"
+        self._event("spike", message, batch=bad, samples=numbers, first_tokens=starts)
+        if run.guard == "stop":
+            return self._end("not finite", f"{message}, and guard=stop ends the run; --resume goes on behind it")
+        if self.in_a_row > run.guard_limit:
+            return self._end(
+                "not finite", f"{self.in_a_row} updates in a row were left out, the last as {self.refused}"
+            )
+        return self._roll_back(bad) if run.guard == "rollback" else None
+
+    def _roll_back(self, bad: int) -> Outcome | None:
+        """To the last checkpoint, and past all batches up to the bad one (Chowdhery et al. 2022, §5.1)."""
+        self.saver.wait()
+        path = checkpoint.newest_good(self.saver.folder, before=bad + 1)
+        if path is None:
+            return self._end("not finite", f"step {bad}: {self.refused}, and there is no checkpoint to go back to")
+        if self.rollbacks >= self.job.run.guard_limit:
+            return self._end("not finite", f"step {bad}: {self.refused}, after {self.rollbacks} rollbacks")
+        kept = self.rollbacks, self.skipped
+        state, notes = checkpoint.restore(path, self.state)
+        self._remember(notes)
+        self.rollbacks, self.skipped = kept[0] + 1, kept[1]
+        self.unmade += bad + 1 - int(state.step)
+        self._event("rollback", f"back to step {int(state.step)}; batches {int(state.step)} to {bad} are passed over")
+        self.state = state._replace(step=torch.tensor(bad + 1))
+        return None
+
+    def _pause(self, last: bool = False) -> Outcome | None:
+        """Save, evaluate and sample, where it is time; an evaluation comes after a save, which it can mark as best."""
+        run, n = self.job.run, self.step
+        evaluating = last or due(n, run.eval_every)
+        if evaluating or due(n, run.save_every):
+            self._save(last)
+        if due(n, run.snapshot_every):
+            state = self.state._replace(params=averaged(self.state))
+            self.saver.save(
+                state, config=self.job.config, tokenizer=self._tokenizer, extra=self._notes(), what="params"
+            )
+        ended = self._evaluate() if evaluating else None
+        if ended is None and (last or due(n, run.sample_every)):
+            self._sample()
+        self.clock.paused()
+        return ended
+
+    @property
+    def _tokenizer(self) -> Path:
+        return self.job.dataset.folder / "tokenizer.json"
+
+    def _save(self, last: bool = False) -> None:
+        """Begin to write a checkpoint of this step, unless there is one. A failure is told, and tried again later."""
+        path = self.saver.folder / f"{self.step:08d}"
+        if self.saved == path:
+            return
+        try:
+            notes = self._notes()
+            self.saved = self.saver.save(self.state, config=self.job.config, tokenizer=self._tokenizer, extra=notes)
+            if last:
+                self.saver.wait()
+            self.failed = 0
+        except CheckpointError as error:
+            self.saved, self.failed = None, self.failed + 1
+            if last or self.failed >= FAILED_SAVES:
+                raise
+            self._event("save failed", f"step {self.step}: {error}; training goes on, the next save tries again")
+
+    def _catch_up(self) -> Outcome | None:
+        """The evaluation of the step that was resumed at: it comes after the save, and may be missing."""
+        if not due(self.step, self.job.run.eval_every) or self.step >= self.job.train.steps:
+            return None
+        rows = JsonLines.read(self.job.folder / files.METRICS)
+        known = [row["val/loss"] for row in rows if row.get("step") == self.step and row.get("val/loss") is not None]
+        return self._compare(known[-1]) if known else self._evaluate()
+
+    def _evaluate(self) -> Outcome | None:
+        """Measure the validation loss; note the best; end where patience is over, or a signal came."""
+        job = self.job
+        fast: Literal["bf16", "fp32"] = "bf16" if job.train.precision == "bf16" else "fp32"
+        val_split, limit = job.dataset.val, job.run.eval_windows
+        val = evaluate(
+            averaged(self.state), job.cfg, val_split, precision=fast, limit=limit, stop=self.stop, compute=job.compute
+        )  # fmt: skip
+        if not val.complete:
+            return self._stopped()
+        self.val = val
+        self._row({"val/loss": val.loss, "val/ppl": val.perplexity, "val/bpb": val.bits_per_byte})
+        return self._compare(val.loss)
+
+    def _compare(self, loss: float) -> Outcome | None:
+        better = math.isfinite(loss) and (self.best is None or loss < self.best)
+        if better:
+            self.best, self.worse = loss, 0
+            if self.saved is not None:
+                self.saver.mark_best(self.saved)
+        else:
+            self.worse += 1
+        patience = self.job.run.patience
+        if patience is not None and self.worse >= patience:
+            return self._end("early stop", f"{self.worse} evaluations without a better one than {self.best:.4f}")
+        return None
+
+    def _sample(self) -> None:
+        text = self.sampler.write(averaged(self.state), random.fold_in(self.sample_key, self.step), self.step)
+        if text and not self.progress.quiet:
+            self.progress.say("sample: " + " ".join(text.partition(PARTED)[0].split())[:SHOWN])
+
+    def _stopped(self) -> Outcome:
+        return self._end("signal", "interrupted")
+
+    def _end(self, reason: Reason, message: str = "") -> Outcome:
+        """Save what is not saved yet, and say how it ended."""
+        self._save(last=True)
+        self.saver.wait()
+        if self.losses:
+            self._log()
+        if reason != "finished":
+            self._event("stopped", f"stopped: {message or reason}")
+        assert self.saved is not None
+        seconds = perf_counter() - self.began
+        return Outcome(
+            self.step, reason, self.saved, self.loss, self.val, self.best, seconds, self.stop.signal, message
+        )
+
+    def _log(self) -> None:
+        """The training row of the steps since the last one."""
+        times, train = self.clock.read(), self.job.train
+        steps = max(1, len(self.losses))
+        if self.losses:
+            self.loss = float(torch.stack(self.losses).double().mean())
+        flops = times.tokens_per_second * flops_per_token(self.job.cfg)
+        row = {
+            "tokens": self.tokens,
+            "train/loss": self.loss,
+            "train/lr": float(self.rate(max(0, self.step - 1 - self.unmade))),
+            "train/grad_norm": float(self.norm),
+            "train/clip_frac": self.clipped / steps,
+            "train/skipped": self.skipped,
+            "train/batch_size": self.sizes.at(self.step - 1),
+            "perf/tok_per_sec": times.tokens_per_second,
+            "perf/step_ms": 1e3 * times.step,
+            "perf/data_frac": times.data_share,
+            "perf/mfu": flops / self.peak if self.peak else None,
+            "mem/peak_bytes": peak_bytes(self.job.device),
+        }
+        self.losses, self.clipped = [], 0
+        self._row(row | ({} if train.clip is not None else {"train/clip_frac": None}))
+
+    def _row(self, row: dict[str, Any]) -> None:
+        self.tracker.log({"step": self.step, **row})
+
+    def _event(self, event: str, message: str, **more: Any) -> None:
+        self._row({"event": event, "message": message, **more})
