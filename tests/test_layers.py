@@ -23,7 +23,7 @@ FLOORS = (
     "fnlm",  # fnlm/__init__.py, the public names
     "cli | webui",
 )
-MAY_ALSO = {("cli/serve.py", "webui")}  # to start it
+MAY_ALSO = {("cli/serve.py", "webui"), ("cli/chat.py", "webui")}  # to start it; its engine
 DISTRIBUTED = {"fnlm/collectives.py", "fnlm/sharding/mesh.py"}
 READS_ENVIRONMENT = {
     "config",

@@ -1,0 +1,170 @@
+"""`fnlm serve`: the chat page and the OpenAI-compatible API over every model below some folders."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import sys
+import threading
+import webbrowser
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import quote
+
+import click
+import waitress
+
+from cli.tables import columns, in_si
+from fnlm import trained
+from fnlm.checkpoint import CheckpointError
+from webui.app import BODY_LIMIT, create_app
+from webui.engine import Engine
+from webui.models import About, Models
+
+SPARE_THREADS = 8  # for the page and the lists while every stream is taken
+
+
+@click.command()
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN|FOLDER]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
+@click.option("--api-key", metavar="KEY", envvar="FNLM_API_KEY", help="Ask for this key. [env: FNLM_API_KEY]")
+@click.option("--open/--no-open", "open_", default=None, help="Open the page in a browser. [default: on a desktop]")
+@click.option("--max-streams", default=32, show_default=True, type=click.IntRange(1, 512), help="Replies at once.")
+def command(
+    folders: tuple[Path, ...], host: str, port: int, api_key: str | None, open_: bool | None, max_streams: int
+) -> None:
+    """Open a chat page and an OpenAI-compatible API.
+
+    Every model of a run, or of the runs below a folder, can be chosen; without a name, those below ./runs. A run that
+    commits a better checkpoint is served with it from the next request on. Ctrl-C ends it.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue of streams is nothing to warn of
+    models = Models(named(folders))
+    about = list(models.about().values())
+    if not about:
+        raise CheckpointError(f"{' '.join(map(str, models.folders))} holds no model; train one with 'fnlm train' first")
+    engine = Engine(models, streams=max_streams)
+    server = listen(create_app(engine, api_key or None, is_loopback(host)), host, port, 2 * max_streams + SPARE_THREADS)
+    engine.start().warm(about[0].name)
+    url = f"http://{shown(host)}:{port_of(server)}/"
+    click.echo("\n".join([*table(about), "", f"{url}   Ctrl-C ends it"]))
+    sys.stdout.flush()
+    if not is_loopback(host) and not api_key:
+        click.echo(f"warning: {host} lets everyone who reaches this machine use it; --api-key asks for a key", err=True)
+    if has_desktop() if open_ is None else open_:
+        key = f"#key={quote(api_key, safe='')}" if api_key else ""
+        threading.Thread(target=webbrowser.open, args=(url + key,), daemon=True).start()
+    run(server, engine)
+
+
+def named(folders: tuple[Path, ...]) -> list[Path]:
+    """The folders, or ./runs. Raises CheckpointError for one that is not there, with the nearest name."""
+    if not folders:
+        if not Path("runs").is_dir():
+            raise click.UsageError("name a run, or a folder with runs; there is no ./runs", click.get_current_context())
+        return [Path("runs")]
+    for folder in folders:
+        if not folder.exists():
+            trained.locate(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder; name a run, or a folder with runs")
+    return list(folders)
+
+
+def listen(app: Any, host: str, port: int, threads: int) -> Any:
+    """A waitress server that is bound and not yet running. ClickException where the address cannot be had."""
+    try:
+        return waitress.create_server(
+            app,
+            host=host,
+            port=port,
+            threads=threads,
+            send_bytes=1,  # each token at once
+            channel_request_lookahead=1,  # without it a client that left is not noticed
+            max_request_body_size=2 * BODY_LIMIT,
+            connection_limit=2 * threads,
+            ident=None,
+            clear_untrusted_proxy_headers=True,
+        )
+    except OSError as error:
+        raise click.ClickException(why_not(error, host, port)) from error
+
+
+def port_of(server: Any) -> int:
+    """The port that was bound; `localhost` may be two addresses."""
+    bound: int = server.effective_listen[0][1] if hasattr(server, "effective_listen") else server.effective_port
+    return bound
+
+
+def why_not(error: OSError, host: str, port: int) -> str:
+    """Why nothing can listen there, and what to try."""
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is in use; choose another with --port {port + 1 if port < 65535 else 8000}"
+    if error.errno == errno.EACCES:
+        return f"port {port} is not allowed to you; choose one above 1023 with --port 8000"
+    return f"cannot listen on {host}: {error.strerror or error}; this machine's own address is 127.0.0.1"
+
+
+def run(server: Any, engine: Engine) -> None:
+    """Serve until SIGINT or SIGTERM; then end every reply, and leave."""
+
+    def leave(_: int, __: FrameType | None) -> None:
+        engine.stop(timeout=0)  # or the threads of the streams would wait for their ends
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        pass  # it came between two of waitress's steps
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        server.close()
+        engine.stop()
+    click.echo("ended", err=True)
+
+
+def table(about: list[About]) -> list[str]:
+    """The models, a line each."""
+    rows = [["model", "kind", "parameters", "step", "loss", "saved"]]
+    for a in about:
+        saved = datetime.fromtimestamp(a.saved, timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M")
+        loss = "-" if a.loss is None else f"{a.loss:.3f}"
+        kind = "chat" if a.chat else "text"
+        rows.append([printable(a.name), kind, in_si(a.parameters), f"{a.step:,}", loss, saved])
+    return columns(rows, left=(0, 1, 5), indent="")
+
+
+def printable(name: str) -> str:
+    """A name without what could steer a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server at this address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def shown(host: str) -> str:
+    """The address to open: one that listens everywhere is reached as localhost; IPv6 in brackets."""
+    if host in ("0.0.0.0", "::", ""):
+        return "localhost"
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def has_desktop() -> bool:
+    """Whether a person with a browser sits at this terminal."""
+    if not sys.stdout.isatty() or "SSH_CONNECTION" in os.environ:
+        return False
+    return sys.platform in ("win32", "darwin") or any(os.environ.get(v) for v in ("DISPLAY", "WAYLAND_DISPLAY"))

@@ -1,0 +1,1 @@
+"""The chat page and the OpenAI-compatible API over trained models."""

@@ -1,0 +1,62 @@
+"""What is asked of a model, as the ids it reads: a text, or as much of a conversation as its context holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fnlm import data
+from fnlm.generate import encoded
+from fnlm.tokenizers import Tokenizer
+from webui.models import Loaded
+
+Messages = list[dict[str, str]]
+
+
+class TooLong(ValueError):
+    """More than the model can read at once."""
+
+
+def text_ids(model: Loaded, prompt: str | Sequence[int]) -> list[int]:
+    """The ids of a text, or ids given as such. An empty text is the beginning of a document.
+
+    Raises ValueError for an id outside the vocabulary, TooLong for a text that leaves no room for a token.
+    """
+    ids = encoded(model.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    wrong = next((i for i in ids if not 0 <= i < model.tokenizer.vocab_size), None)
+    if wrong is not None:
+        raise ValueError(f"token {wrong} is not in the vocabulary of {model.tokenizer.vocab_size}")
+    if len(ids) >= model.cfg.seq_len:
+        raise TooLong(f"the text has {len(ids)} tokens; the model reads at most {model.cfg.seq_len - 1}, so shorten it")
+    return ids
+
+
+def chat_ids(model: Loaded, messages: Messages, reply: int | None = None) -> tuple[list[int], int]:
+    """The ids of a conversation, and how many of its oldest messages were left out for them to fit.
+
+    Kept are the instructions at its beginning and, with room for an answer (an eighth of the context, or `reply` tokens
+    if those are fewer), the newest messages, beginning with one of the user's. Raises TooLong where the last alone
+    does not fit.
+    """
+    room = model.cfg.seq_len - max(1, min(reply or model.cfg.seq_len, model.cfg.seq_len // 8))
+    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    system, turns = messages[:first], messages[first:]
+    starts = [i for i, m in enumerate(turns) if m["role"] == "user" or i == len(turns) - 1] or [0]
+    starts = sorted({0, *starts})
+    sizes = _sizes(model.tokenizer, [*system, *turns])
+    fixed = sum(sizes[:first]) + len(data.prompt(model.tokenizer, []))
+    for start in starts:
+        needed = fixed + sum(sizes[first + start :])
+        if needed <= room:
+            return data.prompt(model.tokenizer, [*system, *turns[start:]]), start
+    if needed < model.cfg.seq_len:  # the last message fits, though the answer will be short
+        return data.prompt(model.tokenizer, [*system, *turns[starts[-1] :]]), starts[-1]
+    raise TooLong(
+        f"the last message needs {needed} tokens with the instructions before it; the model reads at most "
+        f"{model.cfg.seq_len - 1}, so shorten it"
+    )
+
+
+def _sizes(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """The tokens of each message with its frame."""
+    frame = len(data.prompt(tokenizer, []))
+    return [len(data.prompt(tokenizer, [message])) - frame for message in messages]

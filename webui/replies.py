@@ -1,0 +1,147 @@
+"""From the events of a ticket to what goes over HTTP: one JSON object, or server-sent events as they come."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from webui.engine import Event, Failure, Job, Ticket
+from webui.openai import ApiError, Shape, usage
+
+POLL = 0.05  # seconds between looks at whether the client is still there
+HEARTBEAT = 10.0  # seconds of silence after which a comment is sent, lest a proxy hangs up
+_log = logging.getLogger("fnlm.serve")
+
+
+class Gone(Exception):
+    """The client hung up."""
+
+
+@dataclass
+class Answer:
+    """The answer to one request, which may have several choices: `jobs` as they were submitted for `ticket`."""
+
+    jobs: list[Job]
+    ticket: Ticket
+    shape: Shape
+    kind: str
+    gone: Callable[[], bool]
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    read: int = 0
+    written: int = 0
+    dropped: int = 0
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.id = self.id or f"{'chatcmpl' if self.kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}"
+
+    def events(self, beats: bool = False) -> Iterator[Event | None]:
+        """All events in order, and None (if `beats`) where nothing came for long. Raises Gone; leaving it cancels."""
+        missing, heard = len(self.jobs), time.monotonic()
+        try:
+            while missing:
+                event = self.ticket.get(POLL)
+                if self.gone():
+                    raise Gone
+                if event is not None:
+                    heard = time.monotonic()
+                    self._note(event)
+                    missing -= event.kind in ("end", "error")
+                    yield event
+                elif beats and time.monotonic() - heard > HEARTBEAT:
+                    heard = time.monotonic()
+                    yield None
+        finally:
+            self.ticket.cancel()
+            _log.info("%s %s read %d wrote %d", self.id, self.jobs[0].model, self.read, self.written)
+
+    def _note(self, event: Event) -> None:
+        if event.kind == "start":
+            self.step, self.dropped = event.value.step, event.value.dropped
+            before = self.jobs[event.job - 1] if event.job else None
+            job = self.jobs[event.job]
+            if before is None or before.prompt is not job.prompt:  # n choices read their prompt once
+                self.read += event.value.prompt_tokens
+        elif event.kind == "end":
+            self.written += len(event.value.ids)
+
+    def frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is around choices."""
+        body = {"id": self.id, "object": self.kind, "created": self.created, "model": self.jobs[0].model}
+        return {**body, "choices": choices, "system_fingerprint": f"step-{self.step}"}
+
+    def ours(self) -> dict[str, Any]:
+        """What OpenAI's schema has no place for: `dropped` messages did not fit; the seed that gives the same again."""
+        return {"fnlm": {"dropped": self.dropped, "seed": self.jobs[0].seed, "step": self.step}}
+
+    def whole(self, echo: bool = False) -> dict[str, Any]:
+        """The answer as one object. Raises ApiError where a choice failed."""
+        texts, ends = [""] * len(self.jobs), [""] * len(self.jobs)
+        for event in self.events():
+            assert event is not None
+            if event.kind == "error":
+                raise refusal(event.value)
+            if event.kind == "text":
+                texts[event.job] += event.value
+            elif event.kind == "end":
+                ends[event.job] = event.value.finish
+        if echo:
+            texts = [
+                (job.prompt if isinstance(job.prompt, str) else "") + t for job, t in zip(self.jobs, texts, strict=True)
+            ]
+        choices = [self.shape(i, t, end) for i, (t, end) in enumerate(zip(texts, ends, strict=True))]
+        return {**self.frame(choices), "usage": usage(self.read, self.written), **self.ours()}
+
+    def streamed(self, with_usage: bool = False, echo: bool = False) -> Iterator[str]:
+        """The answer as server-sent events. Raises ApiError instead of yielding anything where it fails at once."""
+        events = self.events(beats=True)
+        first = next(e for e in events if e is not None)  # the headers wait for it: it may still be an error
+        if first.kind == "error":
+            events.close()  # type: ignore[attr-defined]
+            raise refusal(first.value)
+        return self._lines(first, events, with_usage, echo)
+
+    def _lines(self, first: Event, events: Iterator[Event | None], with_usage: bool, echo: bool) -> Iterator[str]:
+        try:
+            yield from self._said(first, echo)
+            for event in events:
+                yield from [": waiting\n\n"] if event is None else self._said(event, echo)
+        except Gone:
+            return
+        finally:
+            events.close()  # type: ignore[attr-defined]
+        if with_usage:
+            yield line({**self.frame([]), "usage": usage(self.read, self.written), **self.ours()})
+        yield "data: [DONE]\n\n"
+
+    def _said(self, event: Event, echo: bool) -> Iterator[str]:
+        i, job = event.job, self.jobs[event.job]
+        if event.kind == "error":
+            yield line(refusal(event.value).body())
+        elif event.kind == "end":
+            yield line(self.frame([self.shape(i, None, event.value.finish)]))
+        elif event.kind == "text":
+            yield line(self.frame([self.shape(i, event.value, None)]))
+        else:
+            prompt = job.prompt if echo and isinstance(job.prompt, str) else ""
+            begin = self.shape(i, None if job.messages is not None else prompt, None)
+            yield line({**self.frame([begin]), **self.ours()})
+
+
+def line(body: dict[str, Any]) -> str:
+    """One server-sent event; JSON has no raw newline, so it is one line."""
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def refusal(failure: Failure) -> ApiError:
+    """A failure of the engine as an answer: the client's to mend (400, 404), or ours (500, 503)."""
+    if failure.param is not None:
+        status = 404 if failure.code == "model_not_found" else 400
+        return ApiError(status, failure.message, failure.param, failure.code)
+    return ApiError(503 if "stopping" in failure.message else 500, failure.message)

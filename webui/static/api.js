@@ -1,0 +1,82 @@
+// The server: lists of models, and replies as they are written.
+
+import { recall, remember } from "./store.js";
+
+export class Refused extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+// A key in the address (#key=...) was put there by `fnlm serve --open`; it never reaches the server's log.
+const given = new URLSearchParams(location.hash.slice(1)).get("key");
+if (given) {
+  remember("key", given);
+  history.replaceState(null, "", location.pathname);
+}
+
+function headers() {
+  const key = recall("key");
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+async function asked(path, options = {}) {
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused(0, "The server does not answer. Is fnlm serve still running?");
+  }
+  if (response.ok) return response;
+  const body = await response.json().catch(() => null);
+  throw new Refused(response.status, body?.error?.message ?? `The server answered ${response.status}.`);
+}
+
+export async function models() {
+  const body = await (await asked("v1/models")).json();
+  return body.data.map((m) => ({ name: m.id, ...m.fnlm }));
+}
+
+// Yields {text}, {start: {dropped, seed, step}}, {finish} and {usage}; throws Refused, or AbortError when stopped.
+export async function* reply(kind, body, signal) {
+  const response = await asked(kind === "chat" ? "v1/chat/completions" : "v1/completions", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    signal,
+  });
+  for await (const data of events(response.body)) {
+    if (data === "[DONE]") return;
+    yield* parts(JSON.parse(data));
+  }
+  throw new Refused(0, "The connection broke before the reply was finished.");
+}
+
+function* parts(chunk) {
+  if (chunk.error) throw new Refused(500, chunk.error.message);
+  if (chunk.usage) yield { usage: chunk.usage };
+  else if (chunk.fnlm) yield { start: chunk.fnlm };
+  const choice = chunk.choices?.[0];
+  const text = choice?.delta?.content ?? choice?.text;
+  if (text) yield { text };
+  if (choice?.finish_reason) yield { finish: choice.finish_reason };
+}
+
+// The data of server-sent events; comments are heartbeats.
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const blocks = (rest + value).split("\n\n");
+      rest = blocks.pop();
+      for (const block of blocks) if (block.startsWith("data: ")) yield block.slice(6);
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
