@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "Measure a model's loss on prepared data.",
     "bench": "Time the library beside others.",
     "inspect": "Show a model's parameters, FLOPs and memory.",
+    "report": "Show runs as one HTML page.",
     "doctor": "Check what this machine and installation can do.",
 }
 FAILURE, USAGE, INTERRUPTED = 1, 2, 128 + signal.SIGINT

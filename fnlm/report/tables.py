@@ -16,7 +16,7 @@ ABSENT = object()
 SAMPLES = 12  # of a run that are shown: the first, and the last ones
 SAMPLE_CHARACTERS = 20_000
 EVENTS = 200
-FEW = 30
+FEW = 16  # settings that need not be folded away
 
 
 def comparison(runs: Sequence[Run], found: Sequence[Facts], colours: Sequence[str], empty: Series) -> str:
@@ -43,14 +43,18 @@ def tiles(fact: Facts) -> list[tuple[str, str]]:
     return [
         ("State", fact.state),
         ("Steps", said(fact.step) + tag("small", of) if of else said(fact.step)),
-        ("Best validation loss", said(fact.best_loss) + at),
-        ("Final validation loss", said(fact.val_loss)),
-        ("Final training loss", said(fact.train_loss)),
+        ("Best validation loss", _loss(fact.best_loss) + at),
+        ("Final validation loss", _loss(fact.val_loss)),
+        ("Final training loss", _loss(fact.train_loss)),
         ("Tokens", large(fact.tokens)),
         ("Time", duration(fact.seconds)),
         ("Tokens per second", large(fact.tokens_per_second)),
         ("Parameters", large(fact.parameters)),
     ]
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def flattened(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -108,11 +112,14 @@ def written(value: Any) -> str:
 
 
 def samples(run: Run) -> str:
-    """What the model wrote, the newest open; of many the first and the last ones."""
+    """What the model wrote, the newest open, the earlier ones below it; of many the first and the last ones."""
     shown = run.samples if len(run.samples) <= SAMPLES else [run.samples[0], *run.samples[1 - SAMPLES :]]
-    parts = [_sample(sample, sample is shown[-1]) for sample in reversed(shown)]
+    *earlier, newest = shown
     left = len(run.samples) - len(shown)
-    return "".join(parts) + (tag("p", f"{left} more in the run's folder.", class_="none") if left else "")
+    more = tag("p", f"{left} more in the run's folder.", class_="none") if left else ""
+    folded = "".join(_sample(sample, False) for sample in reversed(earlier)) + more
+    below = tag("details", tag("summary", f"{len(earlier)} earlier"), folded) if earlier else ""
+    return _sample(newest, True) + below
 
 
 def _sample(sample: Sample, newest: bool) -> str:
@@ -123,14 +130,19 @@ def _sample(sample: Sample, newest: bool) -> str:
 
 
 def events(run: Run) -> str:
-    """What happened, in order; of many the last ones."""
-    found = run.events
+    """What happened, in order; saved checkpoints are folded away, and of many events the last ones are shown."""
+    told, saved = ([row for row in run.events if (row["event"] == "saved") == is_saved] for is_saved in (False, True))
+    parts = [_events(told) if told else "", tag("details", tag("summary", f"{len(saved)} saved"), _events(saved))]
+    return "".join(parts[: 1 + bool(saved)])
+
+
+def _events(found: Sequence[Row]) -> str:
     rows = [
         [said(number(row.get("step"))), text(row["event"]), text(row.get("message") or ""), _when(row.get("time"))]
         for row in found[-EVENTS:]
     ]
-    shown = table(["Step", "Event", "Message", "Time (UTC)"], rows)
-    return tag("details", tag("summary", f"{len(found)} events"), shown) if len(rows) > FEW else shown
+    left = f"{len(found) - len(rows)} earlier ones are in metrics.jsonl" if len(found) > len(rows) else ""
+    return table(["Step", "Event", "Message", "Time (UTC)"], rows, caption=left)
 
 
 def _when(time: Any) -> str:
