@@ -46,6 +46,8 @@ def command(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue of streams is nothing to warn of
+    if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise ValueError("--api-key must be letters, digits and signs of ASCII without spaces: it travels in a header")
     models = Models(named(folders))
     about = list(models.about().values())
     if not about:

@@ -53,7 +53,7 @@ def _guard(app: Flask, api_key: str | None, local: bool) -> None:
                 raise ApiError(403, "this server is for this machine; to use it under another name, give it --api-key")
         elif request.path not in OPEN and not request.path.startswith("/static/"):
             given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode("utf-8", "replace"), api_key.encode()):
+            if not hmac.compare_digest(given.encode("latin-1", "replace"), api_key.encode()):
                 raise ApiError(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")
 
     @app.after_request

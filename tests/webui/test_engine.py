@@ -1,0 +1,231 @@
+"""The engine alone: turns, cancelling, the bounded queue, newer checkpoints, models that are let go."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fnlm import checkpoint, data
+from tests.webui.tiny import Script, save
+from webui.engine import Busy, Engine, Event, Job, Stopped, Ticket
+from webui.models import Models
+from webui.prompts import TooLong, chat_ids, text_ids
+
+
+@pytest.fixture
+def build(runs: Path) -> Iterator[Callable[..., Engine]]:
+    made: list[Engine] = []
+
+    def one(**options: Any) -> Engine:
+        made.append(Engine(Models([runs]), **options).start())
+        return made[-1]
+
+    yield one
+    for engine in made:
+        engine.stop()
+
+
+def rest(ticket: Ticket) -> list[Event]:
+    """All events up to the end."""
+    events = []
+    while True:
+        event = ticket.get(20)
+        assert event is not None, "the engine is silent"
+        events.append(event)
+        if event.kind in ("end", "error"):
+            return events
+
+
+def first_text(ticket: Ticket) -> None:
+    while (event := ticket.get(20)) is None or event.kind != "text":
+        assert event is not None
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_reply_has_a_start_texts_and_an_end(engine: Engine) -> None:
+    job = Job("plain", prompt="abc", settings={"max_tokens": 12, "temperature": 1.0}, seed=3)
+    start, *texts, end = rest(engine.submit([job]))
+    assert (start.kind, start.value.prompt_tokens, start.value.step) == ("start", 3, 7)
+    assert {t.kind for t in texts} == {"text"}
+    assert "".join(t.value for t in texts) == end.value.text
+    assert (end.value.finish, len(end.value.ids)) == ("length", 12)
+    again = rest(engine.submit([job]))[-1]
+    assert again.value == end.value
+    other = rest(engine.submit([Job("plain", prompt="abc", settings=job.settings, seed=4)]))[-1]
+    assert other.value.text != end.value.text
+
+
+def test_replies_do_not_see_each_other(engine: Engine) -> None:
+    jobs = [Job("plain", prompt="q" * n, settings={"max_tokens": 9}, seed=n) for n in (1, 5, 3)]
+    alone = [rest(engine.submit([job]))[-1].value for job in jobs]
+    tickets = [engine.submit([job]) for job in jobs]
+    assert [rest(ticket)[-1].value for ticket in tickets] == alone
+
+
+def test_cancelled_before_the_next_token(build: Callable[..., Engine]) -> None:
+    script = Script()
+    engine = build(write=script)
+    ticket = engine.submit([Job("plain")])
+    first_text(ticket)
+    ticket.cancel()
+    seen = script.steps
+    assert rest(ticket)[-1].value.finish in ("cancelled", "length")
+    assert script.steps <= seen + 1
+    assert script.closed == 1
+    assert engine.load() == {"active": 0, "waiting": 0}
+
+
+def test_one_that_waits_is_cancelled_without_a_token(build: Callable[..., Engine]) -> None:
+    script = Script()
+    engine = build(write=script, streams=1)
+    first = engine.submit([Job("plain")])
+    second = engine.submit([Job("plain")])
+    first_text(first)
+    second.cancel()
+    first.cancel()
+    events = rest(second)
+    assert [e.kind for e in events] == ["end"]
+    assert script.closed == 1
+
+
+def test_turns_are_taken(build: Callable[..., Engine]) -> None:
+    engine = build(write=Script(most=400), streams=3)
+    ticket = engine.submit([Job("plain") for _ in range(3)])
+    seen = [0, 0, 0]
+    while sum(seen) < 1200:
+        event = ticket.get(20)
+        assert event is not None
+        seen[event.job] += event.kind == "text"
+        if max(seen) < 400:
+            assert max(seen) - min(seen) <= 3  # they come to their places one after another
+
+
+def test_the_queue_is_bounded(build: Callable[..., Engine]) -> None:
+    engine = build(write=Script(), streams=1, waiting=2)
+    tickets = [engine.submit([Job("plain")]) for _ in range(3)]
+    with pytest.raises(Busy, match="try again in") as busy:
+        engine.submit([Job("plain")])
+    assert busy.value.seconds >= 1
+    tickets[1].cancel()
+    tickets[0].cancel()
+    rest(tickets[1])
+    tickets.append(engine.submit([Job("plain")]))
+    for ticket in tickets:
+        ticket.cancel()
+
+
+def test_stop_ends_all_with_a_reason(build: Callable[..., Engine]) -> None:
+    engine = build(write=Script(), streams=1)
+    running, waiting = engine.submit([Job("plain")]), engine.submit([Job("plain")])
+    first_text(running)
+    engine.stop()
+    for ticket in (running, waiting):
+        last = rest(ticket)[-1]
+        assert (last.kind, last.value.message) == ("error", "the server is stopping")
+    with pytest.raises(Stopped):
+        engine.submit([Job("plain")])
+
+
+def test_a_bug_ends_one_reply_and_not_the_engine(build: Callable[..., Engine], caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: Any, **__: Any) -> Iterator[str]:
+        yield "a"
+        raise RuntimeError("the secret cause")
+
+    engine = build(write=broken)
+    for _ in range(2):
+        last = rest(engine.submit([Job("plain")]))[-1]
+        assert last.value.message == "the reply broke off; the server's log says why"
+    assert "the secret cause" in caplog.text
+
+
+def test_what_a_request_gets_wrong(engine: Engine) -> None:
+    def failure(**job: Any) -> Any:
+        return rest(engine.submit([Job("plain", **job)]))[-1].value
+
+    assert failure(prompt="x" * 64)[1:] == ("prompt", "context_length_exceeded")
+    assert "64 tokens; the model reads at most 63" in failure(prompt="x" * 64).message
+    assert failure(prompt=[9999]).message == "token 9999 is not in the vocabulary of 259"
+    assert "logit_bias names token 600" in failure(settings={"logit_bias": {600: 1.0}}).message
+    gone = rest(engine.submit([Job("none")]))[-1].value
+    assert gone.code == "model_not_found"
+
+
+def test_a_newer_checkpoint_is_taken_up(tmp_path: Path) -> None:
+    save(tmp_path / "a", "text", step=1)
+    models = Models([tmp_path])
+    first = models.get("a")
+    assert models.get("a") is first
+    save(tmp_path / "a", "text", step=2, seed=5)
+    assert models.get("a").step == 2
+    assert models.about()["a"].step == 2
+    newest = tmp_path / "a" / "checkpoints" / "00000002.params"
+    (newest / "params.safetensors").write_bytes(b"torn")
+    checkpoint.mark_best(tmp_path / "a" / "checkpoints" / "00000001.params")
+    assert models.get("a").step == 1
+
+
+def test_a_damaged_newer_one_leaves_the_old(tmp_path: Path) -> None:
+    save(tmp_path / "a", "text", step=1)
+    models = Models([tmp_path])
+    first = models.get("a")
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "00000001.params")
+    newer = save(tmp_path / "a", "text", step=2)
+    (newer / "params.safetensors").write_bytes(b"torn")
+    assert models.get("a") is first
+
+
+def test_the_model_used_longest_ago_is_let_go(tmp_path: Path) -> None:
+    for name in "abc":
+        save(tmp_path / name, "text")
+    models = Models([tmp_path], keep=2)
+    a, b = models.get("a"), models.get("b")
+    assert models.get("a") is a
+    models.get("c")
+    assert models.get("a") is a
+    assert models.get("b") is not b
+
+
+def test_names(tmp_path: Path, runs: Path) -> None:
+    for place in ("x/runs/a", "y/runs/a"):
+        save(tmp_path / place, "text")
+    (tmp_path / "link").symlink_to(runs)
+    assert list(Models([tmp_path]).paths()) == ["x/runs/a", "y/runs/a"]
+    assert list(Models([tmp_path / "x/runs", tmp_path / "y/runs", tmp_path / "x/runs/a"]).paths()) == ["a", "runs/a"]
+    assert list(Models([tmp_path / "x/runs/a"]).paths()) == ["a"]
+
+
+def test_the_oldest_turns_are_left_out(engine: Engine) -> None:
+    model = engine.models.get("talk")
+
+    def messages(*contents: str) -> list[dict[str, str]]:
+        roles = ["user", "assistant"] * len(contents)
+        return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+
+    # a message is <|im_start|>user, a newline, its letters, <|im_end|> and a newline
+    short = messages("a", "b", "c")
+    assert chat_ids(model, short) == (data.prompt(model.tokenizer, short), 0)
+    long = messages("a" * 20, "b", "c" * 10)
+    assert chat_ids(model, long) == (data.prompt(model.tokenizer, long[2:]), 2)
+    system = [{"role": "system", "content": "s" * 3}]
+    assert chat_ids(model, [*system, *long]) == (data.prompt(model.tokenizer, [*system, long[2]]), 2)
+    full = messages("a", "b", "c" * 44)
+    assert chat_ids(model, full) == (data.prompt(model.tokenizer, full[2:]), 2)
+    assert len(chat_ids(model, full)[0]) == 63
+    with pytest.raises(TooLong, match="the last message needs 64 tokens .* at most 63"):
+        chat_ids(model, messages("c" * 45))
+
+
+def test_an_empty_text_begins_a_document(engine: Engine) -> None:
+    model = engine.models.get("plain")
+    assert text_ids(model, "") == [model.tokenizer.eot_id]
