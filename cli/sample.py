@@ -57,7 +57,7 @@ class Prompt(NamedTuple):
 )
 @click.option("--no-ema", is_flag=True, help="Not the average of the parameters, where the run kept one.")
 @click.option("--device", metavar="D", help="[default: cuda where there is one, else cpu]")
-@click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of computing.")
 @click.option("--json", "as_json", is_flag=True, help="Samples, settings and speed as JSON.")
 def command(
     model: str,
