@@ -22,13 +22,18 @@ NUMBERS = 12  # rows in the table of a chart
 
 
 class Line(NamedTuple):
-    """A curve: `name` in the legend, its colour's class; `dots` marks each point, `smooth` adds a moving mean."""
+    """A curve: `name` in the legend, its colour's class; `dots` marks each point, `smooth` adds a moving mean.
+
+    `mean` and its `window` of points are filled in by `figure`.
+    """
 
     name: str
     colour: str
     series: Series
     dots: bool = False
     smooth: bool = False
+    mean: Series | None = None
+    window: int = 0
 
 
 class Chart(NamedTuple):
@@ -52,7 +57,7 @@ class Chart(NamedTuple):
 
 def figure(chart: Chart) -> str:
     """The chart, or nothing where no curve has a value. Values outside its steps are not drawn."""
-    lines = [line._replace(series=within(line.series, chart.steps)) for line in chart.lines]
+    lines = [_cut(line, chart.steps) for line in chart.lines]
     lines = [line for line in lines if np.isfinite(line.series.values).any()]
     span = domain(
         [trimmed(line.series.values) if chart.trimmed and line.smooth else line.series.values for line in lines]
@@ -86,6 +91,13 @@ def figure(chart: Chart) -> str:
     )
 
 
+def _cut(line: Line, steps: tuple[float, float]) -> Line:
+    """The line between two steps; its mean there is that of the whole line."""
+    found = smoothed(line.series) if line.smooth else None
+    cut = line._replace(series=within(line.series, steps))
+    return cut if found is None else cut._replace(mean=within(found[0], steps), window=found[1])
+
+
 def within(series: Series, steps: tuple[float, float]) -> Series:
     """The part of a series between two steps, both included."""
     there = (series.steps >= steps[0]) & (series.steps <= steps[1])
@@ -102,7 +114,7 @@ def trimmed(values: Floats) -> Floats:
 def _notes(lines: Sequence[Line], log: bool) -> Iterator[str]:
     if log:
         yield "log scale"
-    windows = sorted({found[1] for line in lines if line.smooth and (found := smoothed(line.series))})
+    windows = sorted({line.window for line in lines if line.mean is not None})
     if windows:
         yield f"bold: mean over {'–'.join(map(str, [windows[0], windows[-1]][: len(windows)]))} points"
     if gaps := sum(int(np.isnan(line.series.values).sum()) for line in lines):
@@ -158,12 +170,11 @@ def _rule(kind: str, axis: str, part: float, title: str = "") -> str:
 
 
 def _curve(line: Line, x: Scale, y: Scale) -> Iterator[str]:
-    mean = smoothed(line.series) if line.smooth else None
     drawn = path(thinned(line.series), x, y)
-    kind = "line raw" if mean else "line dashed" if line.dots else "line"
+    kind = "line raw" if line.mean is not None else "line dashed" if line.dots else "line"
     yield tag("path", d=drawn, class_=f"{kind} {line.colour}")
-    if mean:
-        yield tag("path", d=path(thinned(mean[0]), x, y), class_=f"line {line.colour}")
+    if line.mean is not None:
+        yield tag("path", d=path(thinned(line.mean), x, y), class_=f"line {line.colour}")
     if line.dots and len(line.series.steps) <= 100:
         there = np.isfinite(line.series.values)
         yield tag("path", d=_dots(Series(*(v[there] for v in line.series)), x, y), class_=f"dot {line.colour}")
