@@ -13,8 +13,8 @@ FEWEST = 32  # values before a deviation means anything
 class Guard:
     """Looks at each step's loss and gradient norm; what is not finite, or a spike, is refused with a reason.
 
-    A spike lies `z` standard deviations above the mean of the last `WINDOW` finite values. They count themselves, so
-    that a lasting change is accepted after some steps. `state` and `restore` let a resumed run decide as the first.
+    A spike lies `z` standard deviations above the mean of the last `WINDOW` finite values, where it counts as just
+    that: one does not hide the next, and a lasting change is accepted after some steps. `state` and `restore` let a resumed run decide as the first.
     """
 
     def __init__(self, z: float = 10.0) -> None:
@@ -34,8 +34,10 @@ class Guard:
         if self.z and len(last) >= FEWEST:
             mean = math.fsum(last) / len(last)
             spread = math.sqrt(math.fsum((x - mean) ** 2 for x in last) / len(last))
-            if value - mean > self.z * max(spread, 1e-3 * abs(mean)):
+            highest = mean + self.z * max(spread, 1e-3 * abs(mean))
+            if value > highest:
                 text = f"the {name} is {value:.4g}, of late {mean:.4g} ± {spread:.2g}"
+                value = highest
         last.append(value)
         return text
 
