@@ -63,6 +63,8 @@ class Commands(Group):
             if debug:
                 traceback.print_exception(error)
             message, code = explained(error)
+            for row in table_of(error):
+                click.echo(row, err=True)
             click.echo(click.style("error:", fg="red", bold=True) + f" {message}", err=True, color=color)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -79,9 +81,17 @@ def explained(error: BaseException) -> tuple[str, int]:
         return "interrupted", INTERRUPTED if isinstance(error.__cause__, KeyboardInterrupt) else FAILURE
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, FAILURE
-    message = " ".join(str(error).split()) or type(error).__name__
+    around = str(error).splitlines()
+    message = (
+        " ".join(" ".join([f"{around[0]};", around[-1]] if table_of(error) else around).split()) or type(error).__name__
+    )
     # An error of fnlm's may say more than that the user can mend it: bad data, a bad checkpoint.
     return message, getattr(error, "exit_code", USAGE) if isinstance(error, ValueError) else FAILURE
+
+
+def table_of(error: BaseException) -> list[str]:
+    """The rows between the first and the last line of a message, such as the differences of a checkpoint."""
+    return str(error).splitlines()[1:-1] if isinstance(error, ValueError) else []
 
 
 def print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

@@ -72,8 +72,8 @@ def _where() -> str:
 
 def from_file(path: Path) -> list[Pair]:
     """The pairs of a TOML or YAML file, with or without the sections [model], [train], [run], [compute]."""
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         values = _toml(text) if path.suffix == ".toml" else _yaml(text)
     except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error

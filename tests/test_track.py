@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from fnlm.track import TRACKERS, JsonLines, Many, Progress, open_trackers
+from fnlm.track import TRACKERS, JsonLines, Many, Progress, open_trackers, require_trackers
 from fnlm.track.progress import duration, short
 
 
@@ -237,6 +237,17 @@ def test_a_missing_package_is_said_with_its_extra(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match=rf"^tracker '{name}' needs .* pip install 'fnlm\[{name}\]' \(.*\)$") as caught:
         open_trackers([name], tmp_path, {})
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(str(caught.value))):
+        require_trackers([name])
+
+
+def test_what_is_required_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = fake(monkeypatch)
+    require_trackers(["wandb"])
+    require_trackers([])
+    assert service.began == []
+    with pytest.raises(ValueError, match="there is no tracker 'trackoi'; did you mean 'trackio'"):
+        require_trackers(["trackoi"])
 
 
 def test_what_does_not_start_is_an_error_and_on_request_a_line(

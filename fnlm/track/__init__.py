@@ -2,6 +2,6 @@
 
 from fnlm.track.lines import JsonLines
 from fnlm.track.progress import Progress
-from fnlm.track.services import TRACKERS, Many, Tracker, open_trackers
+from fnlm.track.services import TRACKERS, Many, Tracker, open_trackers, require_trackers
 
-__all__ = ["TRACKERS", "JsonLines", "Many", "Progress", "Tracker", "open_trackers"]
+__all__ = ["TRACKERS", "JsonLines", "Many", "Progress", "Tracker", "open_trackers", "require_trackers"]

@@ -21,6 +21,7 @@ from fnlm.config import did_you_mean
 PROJECT = "fnlm"
 WAITING_ROWS = 4096
 CLOSE_S = 10.0
+MODULES = {"tensorboard": "torch.utils.tensorboard"}
 _log = logging.getLogger(__name__)
 
 
@@ -61,9 +62,7 @@ def open_trackers(
     Raises ValueError for an unknown name, and for a service that is not installed or does not start; with
     `strict=False`, as fits a run that resumes unattended, such a one is left out and one line is logged.
     """
-    for name in names:
-        if name not in TRACKERS:
-            raise ValueError(f"there is no tracker {name!r}{did_you_mean(name, list(TRACKERS))}")
+    _check_names(names)
     started: list[Tracker] = []
     for name in dict.fromkeys(names):
         try:
@@ -76,14 +75,34 @@ def open_trackers(
     return Many(started)
 
 
-def _start(name: str, folder: Path, config: Mapping[str, Any], step: int) -> Tracker:
-    try:
+def require_trackers(names: Sequence[str]) -> None:
+    """Raises the ValueError of `open_trackers` for what is unknown or not installed, before a run's folder is touched."""
+    _check_names(names)
+    for name in names:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-            return TRACKERS[name](folder, config, step)
-    except ImportError as error:
+            _imported(name)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"there is no tracker {name!r}{did_you_mean(name, list(TRACKERS))}")
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(MODULES.get(name, name))
+    except Exception as error:  # a package that is broken raises anything
         raise ValueError(f"tracker {name!r} needs its package: pip install 'fnlm[{name}]' ({_line(error)})") from error
-    except Exception as error:  # whatever a service raises, the user hears it in one line
-        raise ValueError(f"tracker {name!r} does not start: {_line(error)}; mend it, or leave it out") from error
+
+
+def _start(name: str, folder: Path, config: Mapping[str, Any], step: int) -> Tracker:
+    with contextlib.redirect_stdout(sys.stderr):
+        package = _imported(name)
+        try:
+            return TRACKERS[name](package, folder, config, step)
+        except Exception as error:  # whatever a service raises, the user hears it in one line
+            raise ValueError(f"tracker {name!r} does not start: {_line(error)}; mend it, or leave it out") from error
 
 
 class Guarded:
@@ -135,9 +154,8 @@ def _line(error: BaseException) -> str:
 class Wandb:
     """Weights & Biases. A run's folder keeps the id, so that a resumed run goes on there, and a new one begins anew."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        wandb = importlib.import_module("wandb")
-        self._run = wandb.init(
+    def __init__(self, package: Any, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self._run = package.init(
             project=PROJECT,
             name=folder.resolve().name,
             id=_id(folder),
@@ -159,9 +177,8 @@ class Wandb:
 class Trackio:
     """trackio, wandb's interface on a local database; a run is known by its name there."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        trackio = importlib.import_module("trackio")
-        self._run = trackio.init(project=PROJECT, name=_id(folder), resume="allow", config=dict(config))
+    def __init__(self, package: Any, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self._run = package.init(project=PROJECT, name=_id(folder), resume="allow", config=dict(config))
 
     def log(self, row: Mapping[str, Any]) -> None:
         self._run.log({k: v for k, v in row.items() if v is not None and k not in ("time", "step")}, step=row["step"])
@@ -173,9 +190,8 @@ class Trackio:
 class Tensorboard:
     """Event files in the run's `tensorboard/`; what lies beyond the step of a resume is hidden."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        board = importlib.import_module("torch.utils.tensorboard")
-        self._writer = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+    def __init__(self, package: Any, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self._writer = package.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, default=str)}\n```")
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -205,7 +221,7 @@ def _id(folder: Path) -> str:
     return made
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
+TRACKERS: dict[str, Callable[[Any, Path, Mapping[str, Any], int], Tracker]] = {
     "wandb": Wandb,
     "trackio": Trackio,
     "tensorboard": Tensorboard,

@@ -124,7 +124,7 @@ def test_an_unknown_option_is_a_usage_error() -> None:
         (ValueError("n_heads=5 does not divide;\n  choose 4"), "n_heads=5 does not divide; choose 4", 2),
         (ValueError(), "ValueError", 2),
         (DataError("a.txt is empty"), "a.txt is empty", 4),
-        (CheckpointError("00000010 does not fit:\n  shape  head"), "00000010 does not fit: shape head", 4),
+        (CheckpointError("00000010 is damaged:\n  all of it"), "00000010 is damaged: all of it", 4),
         (FileNotFoundError(2, "No such file or directory", "x.toml"), "x.toml: No such file or directory", 1),
         (OSError(28, "No space left on device"), "No space left on device", 1),
         (OSError("the server hung up"), "the server hung up", 1),
@@ -141,6 +141,19 @@ def test_an_error_is_one_line_and_a_code(
     failing.append(error)
     result = CliRunner().invoke(cli, ["inspect"])
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (code, "", f"error: {line}")
+
+
+def test_a_table_stands_above_the_line(failing: list[BaseException]) -> None:
+    failing.append(
+        CheckpointError("10 does not fit: 2 differences\n  shape  head  8x8\n  extra  norm\nuse its own model")
+    )
+    result = CliRunner().invoke(cli, ["inspect"])
+    assert result.exit_code == 4
+    assert result.stderr.splitlines() == [
+        "  shape  head  8x8",
+        "  extra  norm",
+        "error: 10 does not fit: 2 differences; use its own model",
+    ]
 
 
 @pytest.mark.parametrize("words", [["--debug", "inspect"], ["inspect", "--debug"]])
