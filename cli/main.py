@@ -81,10 +81,9 @@ def explained(error: BaseException) -> tuple[str, int]:
         return "interrupted", INTERRUPTED if isinstance(error.__cause__, KeyboardInterrupt) else FAILURE
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, FAILURE
-    around = str(error).splitlines()
-    message = (
-        " ".join(" ".join([f"{around[0]};", around[-1]] if table_of(error) else around).split()) or type(error).__name__
-    )
+    lines = str(error).splitlines()
+    lines = [f"{lines[0]};", lines[-1]] if table_of(error) else lines
+    message = " ".join(" ".join(lines).split()) or type(error).__name__
     # An error of fnlm's may say more than that the user can mend it: bad data, a bad checkpoint.
     return message, getattr(error, "exit_code", USAGE) if isinstance(error, ValueError) else FAILURE
 

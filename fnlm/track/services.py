@@ -76,7 +76,7 @@ def open_trackers(
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Raises the ValueError of `open_trackers` for what is unknown or not installed, before a run's folder is touched."""
+    """Raises the ValueError of `open_trackers` for what is unknown or not installed, before a folder is touched."""
     _check_names(names)
     for name in names:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results

@@ -144,15 +144,13 @@ def test_an_error_is_one_line_and_a_code(
 
 
 def test_a_table_stands_above_the_line(failing: list[BaseException]) -> None:
-    failing.append(
-        CheckpointError("10 does not fit: 2 differences\n  shape  head  8x8\n  extra  norm\nuse its own model")
-    )
+    failing.append(CheckpointError("10 does not fit: 2 rows\n  shape  head  8x8\n  extra  norm\nuse its own model"))
     result = CliRunner().invoke(cli, ["inspect"])
     assert result.exit_code == 4
     assert result.stderr.splitlines() == [
         "  shape  head  8x8",
         "  extra  norm",
-        "error: 10 does not fit: 2 differences; use its own model",
+        "error: 10 does not fit: 2 rows; use its own model",
     ]
 
 
