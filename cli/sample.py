@@ -24,7 +24,7 @@ from fnlm.trained import Trained, Which
 FILE = "FILE:"
 LINE = "-" * 15  # between samples, as nanoGPT's
 TOGETHER = 32  # samples made at once
-SMALL = 20_000_000  # parameters; below, a second thread waits more than it works
+SMALL = 5_000_000  # parameters; below, threads wait for each other longer than they work
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -174,6 +174,8 @@ def _step(
         raise ValueError(f"{rows} rows of tokens do not suit a cache of {cache.pos.shape[0]}; give one for each")
     starts: list[int] = cache.pos.tolist()
     counts: list[int] = [t] * rows if lengths is None else lengths.tolist()
+    if len(counts) != rows or not 0 <= min(counts) <= max(counts) <= t:
+        raise ValueError(f"lengths={counts} do not suit {rows} rows of {t} tokens; give one of 0 to {t} for each")
     used, size = max(s + n for s, n in zip(starts, counts, strict=True)), cache.k.shape[3]
     if used > size:
         raise ValueError(f"position {used - 1} does not fit into a cache of {size}; make it longer, or stop before")

@@ -169,7 +169,7 @@ def embed(
     seen = tokens if before is None else torch.cat([before, tokens], 1)
     x = _rows(root["embed.tokens.weight"], tokens, cfg.vocab_size, axes)
     for j, (order, rows) in enumerate(cfg.ngrams):
-        ids = ngram_ids(seen, order, rows, cfg.vocab_size)[:, seen.shape[1] - tokens.shape[1] :]
+        ids = ngram_ids(seen, order, rows, cfg.vocab_size)[..., seen.shape[-1] - tokens.shape[-1] :]
         e = F.embedding(ids, root[f"embed.ngram{order}.weight"])
         if keys and order > 2:
             whole_rows = dropout(torch.ones_like(e[..., :1]), cfg.dropout_ngram, random.fold_in(keys[1], j))

@@ -184,6 +184,10 @@ def test_errors() -> None:
     wrong = [
         (lambda: decode(params, random_tokens(11, 1, 5), cfg, cache), "position 4 does not fit into a cache of 4"),
         (lambda: decode(params, random_tokens(11, 2, 1), cfg, cache), "2 rows of tokens do not suit a cache of 1"),
+        (
+            lambda: decode(params, random_tokens(11, 1, 2), cfg, cache, lengths=torch.tensor([3])),
+            "lengths=[3] do not suit 1 rows of 2 tokens; give one of 0 to 2 for each",
+        ),
         (lambda: init_cache(cfg, 1, 14), "a cache of 14 positions does not suit seq_len=13"),
         (lambda: prefill(params, [[1], []], cfg, cache), "prompt 1 is empty"),
     ]  # fmt: skip
