@@ -189,6 +189,10 @@ def test_runs_are_compared_and_the_best_is_marked(tmp_path: Path) -> None:
     (one,), (two,) = ([cells for _, cells in parsed.rows if cells[0] == f" {name}"] for name in "ab")
     assert one[1:4] == ["finished", "100", "3.0000 at step 75"]
     assert two[1:4] == ["not finished", "50 of 100", "1.2500 at step 25 ★"]
+    elsewhere = make(tmp_path / "c", config=CONFIG | {"data": "data/other"})
+    page = report([tmp_path / "a", elsewhere], NOW)
+    assert "★" not in page
+    assert "losses of different data or tokenizers do not compare" in page
     assert Page(report([tmp_path / "a", tmp_path / "a"], NOW)).texts["h1"] == [f"{tmp_path}/a, {tmp_path}/a"]
 
 
@@ -315,6 +319,9 @@ def test_a_logarithmic_axis_where_it_helps() -> None:
     assert "log scale" in drawn(1, 20)
     assert "log scale" not in drawn(1, 19)
     assert "log scale" not in drawn(-1, 100)
+    mostly = series([0, *range(1, 30)])
+    page = figure(Chart("x", "", [Line("a", "c0", mostly)], (0, 29), log_from=20))
+    assert "log scale, 1 value missing or not finite, or 0" in page
     assert figure(Chart("x", "", [Line("a", "c0", series([math.nan]))], (0, 1))) == ""
 
 

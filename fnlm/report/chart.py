@@ -59,12 +59,12 @@ def figure(chart: Chart) -> str:
     """The chart, or nothing where no curve has a value. Values outside its steps are not drawn."""
     lines = [_cut(line, chart.steps) for line in chart.lines]
     lines = [line for line in lines if np.isfinite(line.series.values).any()]
-    span = domain(
-        [trimmed(line.series.values) if chart.trimmed and line.smooth else line.series.values for line in lines]
-    )
+    log = chart.log_from is not None and _wants_log([line.series for line in lines], chart.log_from)
+    lines = [_positive(line) for line in lines] if log else lines
+    outer = [trimmed(v) if chart.trimmed and line.smooth else v for line in lines for v in (line.series.values,)]
+    span = domain(outer)
     if span is None:
         return ""
-    log = chart.log_from is not None and span[0] > 0 and span[1] / span[0] >= chart.log_from
     x = linear(*chart.steps, count=6, rounded=False)
     y = logarithmic(*span) if log else linear(min(0.0, span[0]) if chart.from_zero else span[0], span[1])
     beyond = sum(int(((line.series.values < y.low) | (line.series.values > y.high)).sum()) for line in lines)
@@ -89,6 +89,22 @@ def figure(chart: Chart) -> str:
         tag("script", _data(lines), type="application/json"),
         class_="chart wide" if chart.wide else "chart",
     )
+
+
+def _wants_log(series: Sequence[Series], ratio: float) -> bool:
+    """Whether positive values lie so far apart, and hardly any others are among them."""
+    values = np.concatenate([s.values[np.isfinite(s.values)] for s in series]) if series else np.zeros(0)
+    positive = values[values > 0]
+    return len(positive) > 0.9 * len(values) and bool(positive.max() / positive.min() >= ratio)
+
+
+def _positive(line: Line) -> Line:
+    """The line with gaps for what a logarithmic axis cannot show."""
+
+    def of(series: Series) -> Series:
+        return Series(series.steps, np.where(series.values > 0, series.values, np.nan))
+
+    return line._replace(series=of(line.series), mean=None if line.mean is None else of(line.mean))
 
 
 def _cut(line: Line, steps: tuple[float, float]) -> Line:
@@ -118,7 +134,7 @@ def _notes(lines: Sequence[Line], log: bool) -> Iterator[str]:
     if windows:
         yield f"bold: mean over {'–'.join(map(str, [windows[0], windows[-1]][: len(windows)]))} points"
     if gaps := sum(int(np.isnan(line.series.values).sum()) for line in lines):
-        yield f"{gaps} {'value' if gaps == 1 else 'values'} missing or not finite"
+        yield f"{gaps} {'value' if gaps == 1 else 'values'} missing or not finite" + (", or 0" if log else "")
 
 
 def _legend(lines: Sequence[Line]) -> str:

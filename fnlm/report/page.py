@@ -14,7 +14,7 @@ from fnlm.report import tables
 from fnlm.report.chart import Chart, Line, figure, trimmed, within
 from fnlm.report.markup import tag, text
 from fnlm.report.run import Run, Series, facts, number
-from fnlm.report.scale import domain, said
+from fnlm.report.scale import domain, linear, said
 
 MARKED = ("resumed", "spike", "rollback", "stopped")  # events that stand in the plot of the loss
 MOST_MARKS = 40
@@ -113,11 +113,12 @@ def reach(runs: Sequence[Run]) -> tuple[float, float]:
 
 def later(lines: Sequence[Line], steps: tuple[float, float]) -> Chart | None:
     """The loss without its beginning, where that is so steep that the rest looks flat; None where it is not."""
-    rest = (steps[0] + (steps[1] - steps[0]) / 4, steps[1])
+    quarter = steps[0] + (steps[1] - steps[0]) / 4
+    rest = (min(linear(*steps, rounded=False).ticks[1:], key=lambda t: abs(t - quarter), default=quarter), steps[1])
     whole, part = (domain([trimmed(within(line.series, s).values) for line in lines]) for s in (steps, rest))
     if whole is None or part is None or part[1] - part[0] > (whole[1] - whole[0]) / 2:
         return None
-    return Chart(f"Loss from step {said(round(rest[0]))}", "nats per token", lines, rest, trimmed=True, wide=True)
+    return Chart(f"Loss from step {said(rest[0])}", "nats per token", lines, rest, trimmed=True, wide=True)
 
 
 def scaled(series: Series, factor: float) -> Series:
@@ -161,7 +162,7 @@ def by_layer(run: Run) -> Iterator[Chart]:
         blocks = sorted((g for g in groups if g.startswith("blocks.")), key=lambda g: (len(g), g))
         order = [*(g for g in groups if g not in blocks), *blocks]
         lines = [Line(g, _depth(g, blocks), run.series(prefix + g)) for g in order]
-        yield Chart(title, unit, lines, reach([run]), 20.0)
+        yield Chart(title, unit, lines, reach([run]), 8.0)
 
 
 def _depth(group: str, blocks: Sequence[str]) -> str:

@@ -20,12 +20,14 @@ FEW = 16  # settings that need not be folded away
 
 
 def comparison(runs: Sequence[Run], found: Sequence[Facts], colours: Sequence[str], empty: Series) -> str:
-    """One run as tiles, several as a table with a line for each; the best loss is marked."""
+    """One run as tiles, several as a table with a line for each; the best loss is marked where all data are the same."""
     if len(runs) == 1:
         return tag(
             "dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in tiles(found[0])), class_="tiles"
         )
-    best = min((f.best_loss for f in found if f.best_loss is not None), default=None)
+    data = {json.dumps([run.config.get("data"), run.config.get("tokenizer")]) for run in runs}
+    best = min((f.best_loss for f in found if f.best_loss is not None), default=None) if len(data) == 1 else None
+    caption = "★ the best" if len(data) == 1 else "losses of different data or tokenizers do not compare"
     rows = []
     for run, fact, colour in zip(runs, found, colours, strict=True):
         first = swatch(Line(run.name, colour, empty)) + " " + text(run.name)
@@ -33,7 +35,7 @@ def comparison(runs: Sequence[Run], found: Sequence[Facts], colours: Sequence[st
         if fact.best_loss is not None and fact.best_loss == best:
             values["Best validation loss"] = tag("strong", values["Best validation loss"]) + " ★"
         rows.append([first, *values.values()])
-    return table(["Run", *(name for name, _ in tiles(found[0]))], rows, caption="Runs compared; ★ is the best")
+    return table(["Run", *(name for name, _ in tiles(found[0]))], rows, caption=caption)
 
 
 def tiles(fact: Facts) -> list[tuple[str, str]]:

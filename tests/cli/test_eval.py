@@ -137,7 +137,7 @@ def test_mistakes_are_one_line(words: tuple[str, ...], code: int, says: str) -> 
 
 def test_a_model_that_is_not_there() -> None:
     result = fnlm("eval", "runs/on")
-    assert result.exit_code != 0
+    assert result.exit_code == 4
     assert result.stderr == "error: there is no runs/on; did you mean 'one'?\n"
 
 
