@@ -16,7 +16,7 @@ from fnlm.data.manifest import DataError
 from fnlm.data.sources import Piece
 from fnlm.tokenizers import Tokenizer
 
-CHARACTERS, DOCUMENTS, TOKENS = 1 << 22, 1 << 13, 1 << 22
+CHARACTERS, DOCUMENTS, TOKENS = 1 << 20, 1 << 13, 1 << 22
 T = TypeVar("T")
 
 

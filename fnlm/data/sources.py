@@ -15,12 +15,13 @@ from fnlm.data.manifest import DataError
 from fnlm.tokenizers import END_OF_TEXT
 
 BLOCK = 1 << 20
-PIECE = 1 << 20
+PIECE = 1 << 16
 TEXT, RECORDS, TOKENS = (".txt", ".md"), (".jsonl", ".json", ".parquet"), (".npy", ".bin")
 SUFFIXES = (*TEXT, *RECORDS, *TOKENS)
 NOT_DATA = ("tokenizer.json", "manifest.json")
-# Where GPT-2's and cl100k's expressions always begin a new word, whatever follows: after a single line break.
-_BREAK = re.compile(r"(?<=\S\n)(?=\S)")
+# Where GPT-2's and cl100k's expressions always begin a new word, whatever follows: after a single line break, and
+# before a single space.
+_BREAK = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
 
 
 class Piece(NamedTuple):
@@ -86,7 +87,7 @@ def pieces(files: Sequence[Path]) -> Iterator[Piece]:
                 if not isinstance(row.get("text"), str):
                     raise DataError(f"{where} has no 'text' that is a string; it has {', '.join(row) or 'nothing'}")
                 if row["text"]:
-                    yield Piece(whole(row["text"]))
+                    yield from _in_pieces(whole(row["text"]))
 
 
 def decoded(file: Path) -> Iterator[str]:
@@ -129,6 +130,16 @@ def _piece(text: str, first: bool, last: bool, parted: bool) -> Iterator[Piece]:
     text = text.lstrip("\n") if first and parted else text
     if text or not first:
         yield Piece(text, first, last)
+
+
+def _in_pieces(text: str) -> Iterator[Piece]:
+    """One document, whatever stands in it."""
+    first = True
+    while len(text) > 2 * PIECE:
+        at = _place_to_cut(text)
+        yield Piece(text[:at], first, False)
+        text, first = text[at:], False
+    yield Piece(text, first)
 
 
 def _place_to_cut(text: str) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from tokenizers import Tokenizer as Library
@@ -11,6 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fnlm.tokenizers.base import CHAT_SPECIAL, Tokenizer
 from fnlm.tokenizers.byte_level import to_bytes
+
+TOGETHER, PART = 256, 1 << 13
+"""Texts that training takes at once, and their characters. The library holds 256 of them, and the time it takes for a
+word grows with the square of its length."""
 
 
 class BPE(Tokenizer):
@@ -85,12 +90,19 @@ def with_special(spec: dict[str, Any], special: dict[str, int]) -> str:
     return json.dumps(spec | {"added_tokens": added}, ensure_ascii=False)
 
 
-def _grouped(texts: Iterable[str], size: int = 256) -> Iterable[list[str]]:
+def _grouped(texts: Iterable[str]) -> Iterator[list[str]]:
     """Lists of texts: the library counts the words of one list on all threads."""
-    group: list[str] = []
-    for text in texts:
-        group.append(text)
-        if len(group) == size:
-            yield group
-            group = []
-    yield group
+    parts = (part for text in texts for part in _parts(text))
+    while group := list(islice(parts, TOGETHER)):
+        yield group
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text cut before spaces, where it has some."""
+    start = 0
+    while len(text) - start > PART:
+        space = text.rfind(" ", start + PART // 2, start + PART)
+        end = space if space > 0 else start + PART
+        yield text[start:end]
+        start = end
+    yield text[start:]

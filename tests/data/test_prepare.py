@@ -116,6 +116,16 @@ def test_long_documents_are_encoded_in_pieces_as_if_whole(test_data: Path, monke
             assert [i for p in parts for i in t.encode(p.text)] == t.encode(content)
 
 
+def test_long_records_come_in_pieces_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"{w} {EOT} {i} " * 9} for i, w in enumerate(WORDS)]
+    file = jsonl(tmp_path / "a.jsonl", rows)
+    monkeypatch.setattr(sources, "PIECE", 16)
+    parts = list(sources.pieces([file]))
+    assert max(len(p.text) for p in parts) <= 32
+    assert (sum(p.first for p in parts), sum(p.last for p in parts)) == (len(rows), len(rows))
+    assert sorted(texts_of(prepared(file, tmp_path / "out"))) == sorted(row["text"] for row in rows)
+
+
 def test_small_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.txt", f"\n{EOT}\n".join(f"{w} {i}é" * 30 for i, w in enumerate(WORDS * 9)))
     whole = prepared(file, tmp_path / "whole")
@@ -264,6 +274,17 @@ def test_damage_is_found(damage, says: str, tmp_path: Path) -> None:
     damage(tmp_path / "out")
     with pytest.raises(DataError, match=says):
         list(data.verify(tmp_path / "out"))
+
+
+def test_data_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"text": w} for w in WORDS])
+    base, other = prepared(file, tmp_path / "base"), prepared(file, tmp_path / "other", tokenizer="char")
+    same = prepared(file, tmp_path / "same", tokenizer=str(tmp_path / "base"))
+    data.require_same_tokenizer(same, base.tokenizer.sha256, "runs/base")
+    with pytest.raises(DataError, match=r"other was made with another tokenizer than runs/base \(sha256 .*\); ") as no:
+        data.require_same_tokenizer(other, base.tokenizer.sha256, "runs/base")
+    assert "\n" not in str(no.value)
+    assert no.value.exit_code == 4
 
 
 # What is refused

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fnlm import tokenizers
 from fnlm.tokenizers import Tokenizer
+from fnlm.tokenizers import bpe as bpe_module
 from fnlm.tokenizers.byte_level import merges_of, to_text
 
 TEXTS = ["the cat sat on the mat.\nthe end", "naïve café — 東京 🙂👩‍👩‍👧 don't  stop\n\n\tnow 1234", "", " x"]
@@ -87,6 +88,17 @@ def test_bpe_learns_as_many_tokens_as_asked_and_others_read_its_file(bpe: Tokeni
     theirs = library.Tokenizer.from_file(str(bpe.save(tmp_path)))
     assert theirs.encode(TEXTS[0]).ids == bpe.encode(TEXTS[0])
     assert theirs.decode(bpe.encode(TEXTS[1])) == TEXTS[1]
+
+
+def test_long_texts_are_learnt_from_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [" ".join(f"{word}{i % 7}" for i in range(40)) for word in ("one", "two", "three", "vier")]
+    whole = tokenizers.train("bpe", texts, 300)
+    monkeypatch.setattr("fnlm.tokenizers.bpe.PART", 16)
+    for text in (*texts, "a" * 100, "", "a b", " " * 50):
+        parts = list(bpe_module._parts(text))
+        assert "".join(parts) == text
+        assert max(map(len, parts)) <= 16
+    assert tokenizers.train("bpe", texts, 300).json == whole.json
 
 
 def test_training_twice_gives_the_same_bits() -> None:
