@@ -79,6 +79,11 @@ def init_cache(
     return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), tokens)
 
 
+def picked(cache: KVCache, rows: Tensor) -> KVCache:
+    """A cache of these rows (n,), copied: fewer, in another order, or one several times."""
+    return KVCache(cache.k[:, rows], cache.v[:, rows], cache.pos[rows], cache.tokens[rows])
+
+
 @torch.no_grad()
 def prepare(params: Params, cfg: ModelConfig, dtype: torch.dtype | None = None) -> Prepared:
     """The parameters for `decode`, in another dtype where one is given; what needs no change is shared, not copied."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from fnlm import random
 from fnlm.config import ModelConfig
 from fnlm.data import prompt as chat_prompt
-from fnlm.decode import Prepared, decode, init_cache, prefill, prepare
-from fnlm.sampling import Settings, choose, draws, extended, filtered, history_of
+from fnlm.decode import Prepared, decode, init_cache, picked, prefill, prepare
+from fnlm.sampling import History, Settings, choose, draws, extended, filtered, history_of
 from fnlm.tokenizers import END_OF_TEXT, IM_END, StreamDecoder, Tokenizer
 from fnlm.tokenizers.plain import Char
 from fnlm.types import Key, Params
@@ -107,37 +107,45 @@ def _steps(
     at = torch.stack([draws(key, max(most)) for key in keys]).to(table.device)
     history = history_of(prompts, cfg.vocab_size, table.device) if settings.has_penalties else None
     logits, cache = prefill(ready, prompts, cfg, init_cache(cfg, len(prompts), size, table.dtype, table.device))
-    running = list(range(len(prompts)))
+    rows = list(range(len(prompts)))  # those that the cache holds
+    running = set(rows)
     for step in range(max(most)):
         banned = tuple(ends) if step < settings.min_tokens else ()
         logp = filtered(logits, settings, history, banned, vocab_size)
         ids = choose(logp, at[:, step])
-        tokens = _tokens(running, ids, logits, ends, [step + 1 == n for n in most])
+        full = {row for row in running if step + 1 == most[row]}
+        tokens = _tokens([(i, row) for i, row in enumerate(rows) if row in running], ids, logits, ends, full)
         yield tokens
-        running = [token.row for token in tokens if token.finish is None and not ended(token.row)]
+        running -= {token.row for token in tokens if token.finish or ended(token.row)}
         if not running or cancelled():
             return
-        mask = torch.zeros(len(prompts), dtype=torch.int64)
-        mask[running] = 1
-        mask = mask.to(table.device)
+        if 2 * len(running) <= len(rows):
+            kept = [i for i, row in enumerate(rows) if row in running]
+            rows = [rows[i] for i in kept]
+            index = torch.tensor(kept, device=table.device)
+            cache, ids, at = picked(cache, index), ids[index], at[index]
+            history = history and History(history.seen[index], history.counts[index])
+        mask = torch.tensor([int(row in running) for row in rows], device=table.device)
         if history is not None:
             history = extended(history, ids.where(mask > 0, -1))
-        lengths = mask if len(running) < len(prompts) else None
+        lengths = mask if len(running) < len(rows) else None
         logits, cache = decode(ready, (ids * mask)[:, None], cfg, cache, lengths=lengths)
 
 
-def _tokens(running: list[int], ids: Tensor, logits: Tensor, ends: frozenset[int], full: list[bool]) -> list[Token]:
-    """What was drawn in each running row. ValueError where nothing could be."""
+def _tokens(
+    running: list[tuple[int, int]], ids: Tensor, logits: Tensor, ends: frozenset[int], full: set[int]
+) -> list[Token]:
+    """What was drawn, of (index, row) for each running row; those in `full` end. ValueError where nothing could be."""
     chosen: list[int] = ids.tolist()
-    if any(chosen[row] >= logits.shape[-1] for row in running):
+    if any(chosen[i] >= logits.shape[-1] for i, _ in running):
         raise ValueError("no token can be drawn: the model's logits are not finite, or all ids are forbidden")
-    picked = logits.gather(-1, ids.clamp(max=logits.shape[-1] - 1)[:, None]).squeeze(-1)
-    logprobs: list[float] = (picked - logits.logsumexp(-1)).tolist()
+    own = logits.gather(-1, ids.clamp(max=logits.shape[-1] - 1)[:, None]).squeeze(-1)
+    logprobs: list[float] = (own - logits.logsumexp(-1)).tolist()
     out = []
-    for row in running:
-        stopped = chosen[row] in ends
-        finish: Literal["stop", "length"] | None = "stop" if stopped else "length" if full[row] else None
-        out.append(Token(row, -1 if stopped else chosen[row], logprobs[row], finish))
+    for i, row in running:
+        stopped = chosen[i] in ends
+        finish: Literal["stop", "length"] | None = "stop" if stopped else "length" if row in full else None
+        out.append(Token(row, -1 if stopped else chosen[i], logprobs[i], finish))
     return out
 
 

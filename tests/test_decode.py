@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fnlm
 from fnlm.collectives import Axes, Axis
-from fnlm.decode import Prepared, decode, init_cache, padded, prefill, prepare
+from fnlm.decode import Prepared, decode, init_cache, padded, picked, prefill, prepare
 from fnlm.params import shapes
 from fnlm.tree import equal, flatten
 from fnlm.types import Params
@@ -138,6 +138,15 @@ def test_what_is_forgotten_does_not_count() -> None:
     _, cache = prefill(params, [[1, 2, 3, 4, 5, 6]], cfg, init_cache(cfg, 1, dtype=DOUBLE))
     logits, _ = decode(params, torch.tensor([[9, 8]]), cfg, cache._replace(pos=torch.tensor([3])))
     torch.testing.assert_close(logits, last(params, torch.tensor([[1, 2, 3, 9, 8]]), cfg), rtol=0, atol=1e-10)
+
+
+def test_picked_rows_go_on() -> None:
+    cfg, params = model("demo")
+    _, cache = prefill(params, [[1, 2, 3], [4, 5], [6]], cfg, init_cache(cfg, 3, dtype=DOUBLE))
+    logits, after = decode(params, torch.tensor([[7], [8], [9]]), cfg, picked(cache, torch.tensor([1, 0, 1])))
+    for row, text in zip(logits, ([4, 5, 7], [1, 2, 3, 8], [4, 5, 9]), strict=True):
+        torch.testing.assert_close(row, last(params, torch.tensor([text]), cfg)[0], rtol=0, atol=1e-10)
+    assert (after.pos.tolist(), cache.pos.tolist()) == ([3, 4, 3], [3, 2, 1])
 
 
 def test_inputs_are_unchanged_but_for_the_cache() -> None:

@@ -143,6 +143,18 @@ def test_a_row_is_the_same_alone_and_in_company(more: dict[str, Any]) -> None:
         assert complete(READY, CFG, BYTE, prompts, chosen, fnlm.key(6)) != together
 
 
+def test_rows_that_end_make_room() -> None:
+    """The batch shrinks as rows end, by stop strings and lengths; what goes on does not change."""
+    prompts = ["a" * n for n in (50, 1, 60, 30, 62, 45, 10, 63, 5)]
+    for more in ({}, {"frequency_penalty": 0.5}):
+        chosen = Settings(temperature=1.5, max_tokens=None, stop=("q", "7"), **more)
+        together = complete(READY, CFG, BYTE, prompts, chosen, KEY)
+        keys = fnlm.fold_in(KEY, torch.arange(len(prompts)))
+        alone = [complete(READY, CFG, BYTE, [p], chosen, keys[i : i + 1])[0] for i, p in enumerate(prompts)]
+        assert together == alone
+        assert len({len(g.ids) for g in together}) > 4
+
+
 def test_cached_is_uncached() -> None:
     """Greedy, token for token, as by the forward of the whole text each time."""
     ids = encoded(BYTE, "Once upon")
