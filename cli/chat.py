@@ -149,7 +149,7 @@ class Talk:
                     click.echo(harmless(event.value), nl=False)
                     sys.stdout.flush()
                 elif event.value.dropped:
-                    note(f"(the oldest {event.value.dropped} messages no longer fit and were left out)")
+                    note(self.outgrown(event.value.dropped))
             assert event is not None
             if event.kind == "error":
                 self.fail(event.value)
@@ -165,12 +165,19 @@ class Talk:
         self.messages.append({"role": "assistant" if self.about.chat else "text", "content": said})
         return True
 
+    def outgrown(self, n: int) -> str:
+        """What to say where not all that was said could be read."""
+        if not self.about.chat:
+            return f"(the text outgrew what the model can read: its first {n} tokens were left out)"
+        what = "message was" if n == 1 else f"{n} messages were"
+        return f"(the conversation outgrew what the model can read: its oldest {what} left out)"
+
     def job(self) -> Job:
         """What the engine is asked for. Each turn has a seed of its own."""
         self.turns += 1
         seed = secrets.randbits(32) if self.seed is None else self.seed + self.turns
         if not self.about.chat:
-            return Job(self.about.name, prompt=self.text(), settings=self.settings, seed=seed)
+            return Job(self.about.name, None, self.text(), True, self.settings, seed)
         system = [{"role": "system", "content": self.system}] if self.system else []
         return Job(self.about.name, [*system, *self.messages], settings=self.settings, seed=seed)
 

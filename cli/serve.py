@@ -88,8 +88,7 @@ def listen(app: Any, host: str, port: int, threads: int) -> Any:
             host=host,
             port=port,
             threads=threads,
-            send_bytes=1,  # each token at once
-            channel_request_lookahead=1,  # without it a client that left is not noticed
+            channel_request_lookahead=1,  # without it a client that left is not noticed; each token is sent at once anyway
             max_request_body_size=2 * BODY_LIMIT,
             connection_limit=2 * threads,
             ident=None,

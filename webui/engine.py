@@ -28,17 +28,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What to write: after a conversation (`messages`), or after a text or ids (`prompt`). `settings` are Settings'."""
+    """What to write: after a conversation (`messages`), or after a text or ids (`prompt`), of which `truncate`
+    leaves out the beginning where it is too long. `settings` are those of fnlm.sampling.Settings."""
 
     model: str
     messages: Messages | None = None
     prompt: str | Sequence[int] = ""
+    truncate: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
 
 class Start(NamedTuple):
-    """What is known when a reply begins; `dropped` is how many of the oldest messages did not fit."""
+    """What is known when a reply begins; `dropped` is how many of the oldest messages, or of a text's first
+    tokens, did not fit."""
 
     prompt_tokens: int
     dropped: int
@@ -236,7 +239,7 @@ class Engine:
         job, model = reply.job, self.models.get(reply.job.model)
         settings, dropped = dict(job.settings), 0
         if job.messages is None:
-            ids = text_ids(model, job.prompt)
+            ids, dropped = text_ids(model, job.prompt, job.truncate)
         else:
             ids, dropped = chat_ids(model, job.messages, settings.get("max_tokens"))
         reply.prompt_tokens = len(ids)

@@ -222,7 +222,8 @@ def completion_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> lis
     if len(prompts) * n > MOST_CHOICES:
         raise wrong("n", f"at most {MOST_CHOICES} for all prompts together")
     chosen.setdefault("max_tokens", max(COMPLETION_TOKENS, chosen.get("min_tokens", 0)))
-    return [Job(about.name, prompt=p, settings=chosen, seed=seed + i) for p in prompts for i in range(n)]
+    truncate = flag(body, "truncate")
+    return [Job(about.name, None, p, truncate, chosen, seed + i) for p in prompts for i in range(n)]
 
 
 Shape = Callable[[int, str | None, str | None], dict[str, Any]]

@@ -16,8 +16,10 @@ class TooLong(ValueError):
     """More than the model can read at once."""
 
 
-def text_ids(model: Loaded, prompt: str | Sequence[int]) -> list[int]:
-    """The ids of a text, or ids given as such. An empty text is the beginning of a document.
+def text_ids(model: Loaded, prompt: str | Sequence[int], truncate: bool = False) -> tuple[list[int], int]:
+    """The ids of a text, or ids given as such, and how many of the first were left out for them to fit (`truncate`).
+
+    An empty text is the beginning of a document; what is truncated leaves room for a quarter of the context.
 
     Raises ValueError for an id outside the vocabulary, TooLong for a text that leaves no room for a token.
     """
@@ -25,9 +27,12 @@ def text_ids(model: Loaded, prompt: str | Sequence[int]) -> list[int]:
     wrong = next((i for i in ids if not 0 <= i < model.tokenizer.vocab_size), None)
     if wrong is not None:
         raise ValueError(f"token {wrong} is not in the vocabulary of {model.tokenizer.vocab_size}")
+    dropped = len(ids) - (model.cfg.seq_len - max(1, model.cfg.seq_len // 4))
+    if truncate and dropped > 0:
+        return ids[dropped:], dropped
     if len(ids) >= model.cfg.seq_len:
         raise TooLong(f"the text has {len(ids)} tokens; the model reads at most {model.cfg.seq_len - 1}, so shorten it")
-    return ids
+    return ids, 0
 
 
 def chat_ids(model: Loaded, messages: Messages, reply: int | None = None) -> tuple[list[int], int]:

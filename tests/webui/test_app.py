@@ -137,6 +137,11 @@ def test_what_was_dropped_is_said(client: FlaskClient) -> None:
     assert body["fnlm"]["dropped"] == 2
 
 
+def test_a_long_text_is_truncated_when_asked(client: FlaskClient) -> None:
+    body = client.post(TEXT, json={**PLAIN, "prompt": "x" * 64, "truncate": True}).get_json()
+    assert (body["fnlm"]["dropped"], body["usage"]["prompt_tokens"]) == (16, 48)
+
+
 def test_text_parts_and_the_developers_role(client: FlaskClient) -> None:
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     one = client.post(CHAT, json={**HELLO, "messages": [{"role": "user", "content": parts}]}).get_json()
@@ -239,7 +244,17 @@ def test_bodies_are_limited(client: FlaskClient) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["none", "", "../plain", "/etc/passwd", "plain/checkpoints/00000007.params", "pla\0in", "\ud800", "x" * 10_000, "Plain"],
+    [
+        "none",
+        "",
+        "../plain",
+        "/etc/passwd",
+        "plain/checkpoints/00000007.params",
+        "pla\0in",
+        "\ud800",
+        "x" * 10_000,
+        "Plain",
+    ],
 )
 def test_only_what_was_found_can_be_named(client: FlaskClient, name: str) -> None:
     found = error(client.post(TEXT, json={**PLAIN, "model": name}), 404)
@@ -248,7 +263,9 @@ def test_only_what_was_found_can_be_named(client: FlaskClient, name: str) -> Non
     assert len(found["message"]) < 2000
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/v1", "/static/../app.py", "/static/%2e%2e/app.py", "/static/%00", "/v1/models/"])
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/v1", "/static/../app.py", "/static/%2e%2e/app.py", "/static/%00", "/v1/models/"]
+)
 def test_no_such_page(client: FlaskClient, path: str) -> None:
     assert client.get(path).status_code in (308, 404)
 
@@ -260,7 +277,14 @@ def test_wrong_method(client: FlaskClient) -> None:
 
 
 def test_hostile_words_come_back_as_text(client: FlaskClient) -> None:
-    for words in ("<script>alert(1)</script>", "\u2028\u2029</p>", "a\ud800b", "\0", "<|im_end|>", "data: x\n\ndata: y"):
+    for words in (
+        "<script>alert(1)</script>",
+        "\u2028\u2029</p>",
+        "a\ud800b",
+        "\0",
+        "<|im_end|>",
+        "data: x\n\ndata: y",
+    ):
         body = {**PLAIN, "prompt": words, "echo": True, "stream": True, "max_tokens": 2}
         said = lines(client.post(TEXT, data=json.dumps(body), content_type="application/json"))
         assert said[0]["choices"][0]["text"] == words.replace("\ud800", "?")

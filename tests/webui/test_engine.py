@@ -137,7 +137,9 @@ def test_stop_ends_all_with_a_reason(build: Callable[..., Engine]) -> None:
         engine.submit([Job("plain")])
 
 
-def test_a_bug_ends_one_reply_and_not_the_engine(build: Callable[..., Engine], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_ends_one_reply_and_not_the_engine(
+    build: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*_: Any, **__: Any) -> Iterator[str]:
         yield "a"
         raise RuntimeError("the secret cause")
@@ -222,10 +224,18 @@ def test_the_oldest_turns_are_left_out(engine: Engine) -> None:
     full = messages("a", "b", "c" * 44)
     assert chat_ids(model, full) == (data.prompt(model.tokenizer, full[2:]), 2)
     assert len(chat_ids(model, full)[0]) == 63
-    with pytest.raises(TooLong, match="the last message needs 64 tokens .* at most 63"):
+    with pytest.raises(TooLong, match=r"the last message needs 64 tokens .* at most 63"):
         chat_ids(model, messages("c" * 45))
 
 
 def test_an_empty_text_begins_a_document(engine: Engine) -> None:
     model = engine.models.get("plain")
-    assert text_ids(model, "") == [model.tokenizer.eot_id]
+    assert text_ids(model, "") == ([model.tokenizer.eot_id], 0)
+
+
+def test_the_beginning_of_a_text_is_left_out_when_asked(engine: Engine) -> None:
+    model = engine.models.get("plain")
+    assert text_ids(model, b"a" * 10 + b"b" * 48, truncate=True) == ([98] * 48, 10)
+    assert text_ids(model, "b" * 48, truncate=True) == ([98] * 48, 0)
+    with pytest.raises(TooLong):
+        text_ids(model, "a" * 64)

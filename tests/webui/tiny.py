@@ -13,13 +13,11 @@ from fnlm import checkpoint, tokenizers
 from fnlm.generate import Generation
 from fnlm.types import TrainState
 
-SEQ_LEN = 64
 
-
-def save(run: Path, kind: str, step: int = 7, seed: int = 0) -> Path:
+def save(run: Path, kind: str, step: int = 7, seed: int = 0, seq_len: int = 64) -> Path:
     """A run with one checkpoint of random weights, which write varied text."""
     tokenizer = tokenizers.named("byte")
-    cfg = fnlm.ModelConfig(vocab_size=tokenizer.vocab_size, n_layers=1, n_heads=2, d_model=16, seq_len=SEQ_LEN)
+    cfg = fnlm.ModelConfig(vocab_size=tokenizer.vocab_size, n_layers=1, n_heads=2, d_model=16, seq_len=seq_len)
     params = fnlm.init_params(cfg, fnlm.key(seed))
     state = TrainState(torch.tensor(step), params, (), fnlm.key(seed))
     run.mkdir(parents=True, exist_ok=True)

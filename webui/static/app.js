@@ -28,10 +28,11 @@ async function refreshModels() {
   try {
     models = await api.models();
   } catch (error) {
-    if (error.status !== 401) return say(error.message);
+    if (error.status !== 401) return notify(error.message);
     await askKey();
     return refreshModels();
   }
+  notify(models.length ? "" : "There is no model in the served folders yet.");
   const options = models.map((m) => {
     const option = view.make("option", "", `${m.name} (${m.chat ? "chat" : "text"})`);
     option.value = m.name;
@@ -100,10 +101,11 @@ function remove(gone) {
   else dress();
 }
 
-const say = (line) => {
-  byId("said").textContent = line;
-  byId("hint").textContent = line;
-};
+// Above the hint, until there is nothing more to say.
+function notify(line) {
+  byId("notice").textContent = line;
+  byId("notice").hidden = !line;
+}
 
 // Replies
 
@@ -160,7 +162,7 @@ function goOn() {
 function request(asked) {
   const said = talk.messages.filter((m) => m.content).map(({ role, content }) => ({ role, content }));
   const body = { model: model.name, ...asked.numbers };
-  if (talk.kind === "text") return { ...body, max_tokens: body.max_tokens ?? model.context, prompt: said.at(-1).content };
+  if (talk.kind === "text") return { ...body, max_tokens: body.max_tokens ?? model.context, prompt: said.at(-1).content, truncate: true };
   return { ...body, messages: asked.system ? [{ role: "system", content: asked.system }, ...said] : said };
 }
 
@@ -172,9 +174,8 @@ async function write() {
   if (!asked) return finish(mine, turn, { ...message, error: "One of the settings is not valid." });
   const stop = new AbortController();
   busy(stop);
-  const began = performance.now();
   try {
-    for await (const part of api.reply(mine.kind, request(asked), stop.signal)) take(part, message, turn, began);
+    for await (const part of api.reply(mine.kind, request(asked), stop.signal)) take(part, message, turn);
   } catch (error) {
     message.finish = error.name === "AbortError" ? "stopped" : "error";
     if (message.finish === "error") message.error = error.message;
@@ -184,13 +185,11 @@ async function write() {
   return finish(mine, turn, message);
 }
 
-function take(part, message, turn, began) {
+function take(part, message, turn) {
   if (part.start) {
     message.meta = { seed: part.start.seed, step: part.start.step };
-    if (part.start.dropped) {
-      const what = part.start.dropped === 1 ? "message was" : `${part.start.dropped} messages were`;
-      turn.note(`The conversation outgrew what the model can read: its oldest ${what} left out.`);
-    }
+    message.began = performance.now();
+    if (part.start.dropped) turn.note(outgrown(part.start.dropped));
   }
   if (part.text) {
     message.content += part.text;
@@ -199,26 +198,25 @@ function take(part, message, turn, began) {
   if (part.finish) message.finish = part.finish;
   if (part.usage) {
     message.meta.tokens = part.usage.completion_tokens;
-    message.meta.seconds = (performance.now() - began) / 1000;
+    message.meta.seconds = (performance.now() - message.began) / 1000;
   }
 }
 
+function outgrown(n) {
+  if (talk.kind === "text") return `The text outgrew what the model can read: its first ${n} tokens were left out.`;
+  const what = n === 1 ? "message was" : `${n} messages were`;
+  return `The conversation outgrew what the model can read: its oldest ${what} left out.`;
+}
+
 function finish(mine, turn, message) {
-  const kept = { ...message };
-  delete kept.error; // said once, not kept
-  mine.messages.push(kept);
+  const { role, content, finish: end, meta } = message; // an error is said once, not kept
+  mine.messages.push({ role, content, finish: end, meta });
   const isKept = store.keep(mine);
   if (mine !== talk) return;
   turn.finish(message, toolsOf(mine.messages.length - 1));
-  say(isKept ? "" : "This browser keeps no more conversations; clear some.");
+  notify(isKept ? "" : "This browser keeps no more conversations; clear some.");
   byId("said").textContent = message.error ?? message.content;
-  resetHint();
   dress();
-}
-
-const HINT = byId("hint").textContent;
-function resetHint() {
-  byId("hint").textContent ||= HINT;
 }
 
 function busy(next) {
