@@ -27,7 +27,7 @@ TOGETHER = 128  # questions asked at once, of about one length
 @click.command()
 @click.argument("models", nargs=-1, metavar="MODEL...")
 @click.option("--data", "folder", metavar="FOLDER", help="Prepared data. [default: what the model was trained on]")
-@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True)
+@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Of the data.")
 @click.option("--seq-len", type=click.IntRange(1), metavar="N", help="Tokens in a window. [default: the model's]")
 @click.option(
     "--stride",
@@ -40,7 +40,9 @@ TOGETHER = 128  # questions asked at once, of about one length
     "--checkpoint", default="best", show_default=True, metavar="C", help="Of a run: best, newest, or a step's number."
 )
 @click.option("--no-ema", is_flag=True, help="The parameters themselves where the run kept their moving average.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the products."
+)
 @click.option("--device", metavar="D", help="cpu, cuda or cuda:N. [default: cuda where there is a GPU]")
 @click.option("--questions", type=click.IntRange(1), metavar="N", help="Ask N questions of the demo world instead.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON, with all digits.")

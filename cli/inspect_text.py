@@ -122,6 +122,6 @@ def _settings(kind: str, settings: Report | None) -> list[str]:
     if settings is None:
         return [*heading(kind), "  the preset has no settings for it"]
     muon = settings["optimizer"] == "muon"
-    shown = {k: v for k, v in settings.items() if v is not None and (muon or not k.startswith("muon"))}
+    shown = {k: v for k, v in settings.items() if v not in (None, ()) and (muon or not k.startswith("muon"))}
     totals = f"{in_si(shown.pop('tokens'))} tokens, {in_si(shown.pop('flops'))} FLOPs"
     return [*heading(f"{kind}: {totals}"), *wrapped([f"{k}={v}" for k, v in shown.items()], joint=" ")]

@@ -120,7 +120,7 @@ def cli() -> None:
     """Language models as pure functions of an explicit dict of parameters.
 
     Results go to stdout, logs and errors to stderr. Exit codes: 0 done, 1 failure, 2 wrong usage or configuration,
-    3 does not work or fit on this machine, 4 bad data or checkpoint, 130 interrupted.
+    3 does not work or fit on this machine, 4 bad data or checkpoint, 5 loss not finite, 130 or 143 interrupted.
     """
 
 

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from click.testing import CliRunner
+
 import fnlm
+from cli.main import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,9 +55,8 @@ def test_every_command_of_the_table_exists() -> None:
     commands = re.findall(r"^\| `fnlm ([a-z]+(?: [a-z]+)?)", README, re.M)
     assert commands
     for command in commands:
-        run = [sys.executable, "-m", "cli", *command.split(), "--help"]
-        done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
-        assert done.returncode == 0, (command, done.stderr)
+        done = CliRunner().invoke(cli, [*command.split(), "--help"])
+        assert done.exit_code == 0, (command, done.output)
 
 
 def test_every_linked_page_exists() -> None:
