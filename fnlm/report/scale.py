@@ -44,7 +44,7 @@ def logarithmic(low: float, high: float) -> Scale:
     """Ticks at powers of ten, at 1, 2 and 5 times them where there are few, or evenly in a short range; low > 0."""
     low, high = low / 1.1, high * 1.1
     if high / low < 12:
-        return linear(low, high, rounded=False)._replace(log=True)
+        return linear(low, high, count=8, rounded=False)._replace(log=True)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= 3 else (1, 3) if len(powers) <= 4 else (1,)
     every = max(1, math.ceil(len(powers) / 7))

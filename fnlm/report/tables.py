@@ -20,7 +20,7 @@ FEW = 16  # settings that need not be folded away
 
 
 def comparison(runs: Sequence[Run], found: Sequence[Facts], colours: Sequence[str], empty: Series) -> str:
-    """One run as tiles, several as a table with a line for each; the best loss is marked where all data are the same."""
+    """One run as tiles, several as a table with a line for each; the best loss is marked if all data are the same."""
     if len(runs) == 1:
         return tag(
             "dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in tiles(found[0])), class_="tiles"
