@@ -102,7 +102,7 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-LINES = [str((row if isinstance(row, tuple) else row.values)[0]) for row in MISTAKES]
+LINES = [str(getattr(row, "values", row)[0]) for row in MISTAKES]
 
 
 @pytest.fixture(scope="session")
