@@ -16,7 +16,7 @@ ABSENT = object()
 SAMPLES = 12  # of a run that are shown: the first, and the last ones
 SAMPLE_CHARACTERS = 20_000
 EVENTS = 200
-FEW = 16  # settings that need not be folded away
+FEW = 24  # settings that need not be folded away
 
 
 def comparison(runs: Sequence[Run], found: Sequence[Facts], colours: Sequence[str], empty: Series) -> str:
@@ -85,12 +85,10 @@ def settings(runs: Sequence[Run], chosen: str, title: str) -> str:
     elif len(runs) > 1:
         parts.append(tag("p", f"{title}: no differences.", class_="none"))
     if alike:
-        same = table(
-            head, [_row(name, flat) for name in alike], caption=f"{title} that are the same" if unlike else title
-        )
-        parts.append(
-            tag("details", tag("summary", f"{len(alike)} {'the same' if len(runs) > 1 else 'settings'}"), same)
-        )
+        rows = [_row(name, flat) for name in alike]
+        same = table(head, rows, caption=f"{title} that are the same" if unlike else title)
+        summary = tag("summary", f"{len(alike)} {'the same' if len(runs) > 1 else 'entries'}")
+        parts.append(tag("details", summary, same, open=len(runs) == 1 and len(alike) <= FEW))
     return "".join(parts)
 
 
