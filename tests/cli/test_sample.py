@@ -80,6 +80,13 @@ def test_a_seed_gives_the_same_text_alone_and_among_others() -> None:
     assert len(set(parts)) == 3
 
 
+def test_more_samples_than_are_made_at_once() -> None:
+    words = ("letters", "--prompt", "a", "--seed", "3", "--max-new-tokens", "9", "--temperature", "1", "--json")
+    many = [s["text"] for s in json.loads(good(*words, "--num-samples", "40"))["samples"]]
+    assert len(set(many)) == 40
+    assert many[:3] == [s["text"] for s in json.loads(good(*words, "--num-samples", "3"))["samples"]]
+
+
 def test_json() -> None:
     found = json.loads(
         good("letters", "--prompt", "a", "--prompt", "bb", "--num-samples", "2", "--seed", "1", "--json", "--greedy")
