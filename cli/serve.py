@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import webbrowser
@@ -53,9 +54,10 @@ def command(
     if not about:
         raise CheckpointError(f"{' '.join(map(str, models.folders))} holds no model; train one with 'fnlm train' first")
     engine = Engine(models, streams=max_streams)
-    server = listen(create_app(engine, api_key or None, is_loopback(host)), host, port, 2 * max_streams + SPARE_THREADS)
+    place = bound(host, port)
+    server = server_of(create_app(engine, api_key or None, is_loopback(host)), place, 2 * max_streams + SPARE_THREADS)
     engine.start().warm(about[0].name)
-    url = f"http://{shown(host)}:{port_of(server)}/"
+    url = f"http://{shown(host)}:{place.getsockname()[1]}/"
     click.echo("\n".join([*table(about), "", f"{url}   Ctrl-C ends it"]))
     sys.stdout.flush()
     if not is_loopback(host) and not api_key:
@@ -80,28 +82,27 @@ def named(folders: tuple[Path, ...]) -> list[Path]:
     return list(folders)
 
 
-def listen(app: Any, host: str, port: int, threads: int) -> Any:
-    """A waitress server that is bound and not yet running. ClickException where the address cannot be had."""
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address. ClickException where it cannot be had."""
     try:
-        return waitress.create_server(
-            app,
-            host=host,
-            port=port,
-            threads=threads,
-            channel_request_lookahead=1,  # without it a client that left is not noticed; each token is sent at once anyway
-            max_request_body_size=2 * BODY_LIMIT,
-            connection_limit=2 * threads,
-            ident=None,
-            clear_untrusted_proxy_headers=True,
-        )
+        found = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return socket.create_server(found[0][4][:2], family=found[0][0])
     except OSError as error:
         raise click.ClickException(why_not(error, host, port)) from error
 
 
-def port_of(server: Any) -> int:
-    """The port that was bound; `localhost` may be two addresses."""
-    bound: int = server.effective_listen[0][1] if hasattr(server, "effective_listen") else server.effective_port
-    return bound
+def server_of(app: Any, place: socket.socket, threads: int) -> Any:
+    """A waitress server, not yet running, with a thread for each stream that it promises."""
+    return waitress.create_server(
+        app,
+        sockets=[place],
+        threads=threads,
+        channel_request_lookahead=1,  # without it a client that left is not noticed
+        max_request_body_size=2 * BODY_LIMIT,
+        connection_limit=2 * threads,
+        ident=None,
+        clear_untrusted_proxy_headers=True,
+    )
 
 
 def why_not(error: OSError, host: str, port: int) -> str:
