@@ -8,10 +8,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The commands that `make demo` runs, one a line.
+# DEMO_SERVE=0 ends the demo without the page; DEMO_STEPS=60 learns less, to see whether all works.
+DEMO_SERVE ?= 1
+DEMO_STEPS ?=
+SHORTER := $(if $(DEMO_STEPS),steps=$(DEMO_STEPS))
+# The commands that `make demo` runs, one a line. Interrupted, it goes on where it was.
 define DEMO
-$(BIN)/python examples/z_loss.py
-$(BIN)/fnlm inspect demo
+$(BIN)/fnlm prepare demo
+$(BIN)/fnlm train demo --resume $(SHORTER)
+$(BIN)/fnlm finetune runs/demo data/demo-chat --resume $(SHORTER)
+$(BIN)/fnlm sample runs/demo --seed 1
+$(BIN)/fnlm eval runs/demo-chat --questions 500
 endef
 
 # One thread: the tests compare bits, and their tensors are too small to share.
@@ -33,8 +40,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import platform, torch; print("installed: python", platform.python_version(), "torch", torch.__version__)'
 	@touch $@
 
-demo: $(INSTALLED)  ## what the library can do, on one CPU
+demo: $(INSTALLED)  ## train a model on a small world, on one CPU, and talk with it
 	$(DEMO)
+ifneq ($(DEMO_SERVE),0)
+	$(BIN)/fnlm serve runs --open
+endif
 
 test: $(INSTALLED)  ## the fast tests
 	$(PYTEST) -m "not slow"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from cli.training import Wish, begun, continued, open_data, pairs_of, run_options, separated, to_resume
+from cli.resuming import continued, to_resume
+from cli.training import Wish, begun, open_data, pairs_of, run_options, separated
 from fnlm import FINETUNING, overrides, trained
 from fnlm.config import Compute, TrainConfig
 from fnlm.loop import RunConfig

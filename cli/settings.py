@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fnlm import overrides
-from fnlm.config import did_you_mean, override
+from fnlm.config import did_you_mean
 from fnlm.loop import KINDS, Settings
 
 Pair = tuple[str, str | None]
@@ -40,7 +40,8 @@ def applied(base: Settings, pairs: Sequence[Pair], also: Sequence[str] = ()) -> 
 
     Raises ValueError in one line for an unknown key, with the nearest one, and for a value that does not fit.
     """
-    known, found = owners(), dict(zip(KINDS, base, strict=True))
+    records: tuple[Any, ...] = base
+    known, found = owners(), dict(zip(KINDS, records, strict=True))
     sorted_pairs: dict[str, list[Pair]] = {kind: [] for kind in KINDS}
     for key, value in pairs:
         kind, name = _owner(key, known, also)
@@ -138,18 +139,3 @@ def steps_in(pairs: Sequence[Pair]) -> int | None:
 def given(pairs: Sequence[Pair], *wanted: str) -> bool:
     """Whether one of the settings is set by the pairs."""
     return any(names(key) in wanted for key, _ in pairs)
-
-
-def changed(base: Settings, now: Settings) -> list[str]:
-    """`key=value` for every field in which two settings differ."""
-    lines = []
-    for before, after in zip(base, now, strict=True):
-        lines += [
-            f"{f.name}={getattr(after, f.name)}"
-            for f in fields(after)
-            if getattr(before, f.name) != getattr(after, f.name)
-        ]
-    return lines
-
-
-__all__ = ["applied", "changed", "from_environment", "from_file", "given", "override", "owners", "set_to_auto"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +14,14 @@ import torch
 
 from cli import settings as gather
 from cli.settings import Pair
-from fnlm import __version__, data, loop, trained
+from fnlm import __version__, checkpoint, data, loop
 from fnlm.checkpoint import CheckpointError
 from fnlm.config import ModelConfig, TrainConfig, did_you_mean, override
 from fnlm.data import DataError, Dataset
-from fnlm.environment import environment, memory_available
+from fnlm.environment import memory_available
 from fnlm.loop import Job, Outcome, RunConfig, Settings, memory
 from fnlm.machine import has_fast_bf16, tune_cpu
-from fnlm.track import TRACKERS, Progress, open_trackers
+from fnlm.track import TRACKERS, Progress, open_trackers, require_trackers
 from fnlm.trained import Trained
 from fnlm.types import Params
 
@@ -80,9 +79,6 @@ def separated(words: list[Pair], names: tuple[str, ...]) -> tuple[list[Pair], di
     return [(key, value) for key, value in words if key not in known], options
 
 
-# Fresh runs
-
-
 def paced(run: RunConfig, steps: int, pairs: list[Pair]) -> RunConfig:
     """Intervals that suit the length of the run, where none are given: ten evaluations, a hundred lines."""
     given = [value for key, value in pairs if gather.names(key) == "eval_every" and value and value.isdecimal()]
@@ -100,7 +96,7 @@ def shortened(train: TrainConfig, pairs: list[Pair]) -> list[Pair]:
     if steps is None or steps >= train.steps:
         return []
     lengths = {"warmup": train.warmup, "decay_steps": train.decay_steps}
-    return [(k, str(n * steps // train.steps)) for k, n in lengths.items() if n and n > steps // 2]
+    return [(k, str(max(1, n * steps // train.steps))) for k, n in lengths.items() if n and n > steps // 2]
 
 
 def fresh(base: Settings, wish: Wish, dataset: Dataset, say: Callable[[str], None]) -> Settings:
@@ -156,58 +152,9 @@ def device_of(run: RunConfig) -> torch.device:
     return device
 
 
-# Resumed runs
-
-
-class Found(NamedTuple):
-    """A checkpoint to go on from, the folder to go on in, and its config.json."""
-
-    checkpoint: Path
-    folder: Path
-    config: dict[str, Any]
-
-
-def to_resume(wish: Wish, default_out: Path) -> Found | None:
-    """What `--resume` means, or None: a fresh run. Raises CheckpointError where a named PATH has nothing to resume."""
-    if wish.resume is None:
-        return None
-    folder = wish.out or default_out if wish.resume == "auto" else Path(wish.resume)
-    if wish.resume != "auto" and not folder.exists():
-        raise CheckpointError(f"there is no {folder} to resume from")
-    if (folder / "COMMITTED").is_file() or (folder / "MANIFEST.json").is_file():
-        checkpoint, own = folder, folder.parent.parent
-    else:
-        found = loop.resumable(folder)
-        if found is None and wish.resume == "auto":
-            return None
-        if found is None:
-            raise CheckpointError(f"{folder} has no whole checkpoint to resume from")
-        checkpoint, own = found, folder
-    return Found(checkpoint, wish.out or own, loop.read_config(checkpoint))
-
-
-def resumed(found: Found, wish: Wish) -> Settings:
-    """The settings that the run had, with what is given now."""
-    pairs, _ = gather.set_to_auto(wish.pairs, "batch_size")
-    return gather.applied(loop.settings_of(found.config, found.checkpoint / "config.json"), pairs, NAMES)
-
-
-def same_data(found: Found, dataset: Dataset) -> None:
-    """Raises DataError where the data are not those that the run has been trained on."""
-    before, now = found.config.get("data_sha256"), fingerprint(dataset)
-    if before is not None and before != now:
-        raise DataError(
-            f"{dataset.folder} is not what {found.checkpoint} was trained on (its sha256 differs), so the run "
-            "cannot go on as it was; start another one with --init-from"
-        )
-
-
 def fingerprint(dataset: Dataset) -> str:
     """The sha256 of the training tokens, as the manifest has it."""
     return str(dataset.manifest["splits"]["train"]["sha256"])
-
-
-# Both
 
 
 def init(model: Trained, dataset: Dataset) -> Params:
@@ -222,10 +169,9 @@ def carry_out(job: Job, wish: Wish, say: Callable[[str], None]) -> int:
         tune_cpu()
         if job.train.precision == "bf16" and not has_fast_bf16():
             say("this CPU has no bfloat16 instructions: precision=fp32 is faster here")
-    trackers = open_trackers(job.run.trackers, job.folder, job.config)
-    for name, content in (("config.json", job.config), ("environment.json", environment(sys.argv))):
-        (job.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    with Progress(job.train.steps, quiet=wish.quiet) as progress:
+    at = int(checkpoint.describe(job.resume)["step"]) if job.resume else 0
+    trackers = open_trackers(job.run.trackers, job.folder, job.config, step=at, strict=job.resume is None)
+    with Progress(job.train.steps, start=at, quiet=wish.quiet) as progress:
         outcome = loop.fit(job, trackers, progress)
     click.echo(json.dumps(as_dict(job, outcome), indent=2) if wish.as_json else "\n".join(told(job, outcome)))
     if outcome.reason == "not finite":
@@ -277,22 +223,6 @@ def say_to_stderr(quiet: bool) -> Callable[[str], None]:
     return lambda line: None if quiet else click.echo(line, err=True)
 
 
-def continued(found: Found, wish: Wish) -> int:
-    """Go on with a run."""
-    settings = resumed(found, wish)
-    dataset = data.open(wish.data or found.config["data"])
-    same_data(found, dataset)
-    kept = {key: found.config.get(key) for key in ("preset", "init_from")}
-    config = described(settings, dataset, **kept)
-    if wish.dry_run:
-        click.echo(json.dumps(config, indent=2))
-        return 0
-    for name in ("checkpoints", "samples"):
-        (found.folder / name).mkdir(parents=True, exist_ok=True)
-    say = say_to_stderr(wish.quiet)
-    return carry_out(job_of(settings, dataset, found.folder, config, resume=found.checkpoint), wish, say)
-
-
 def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Trained | None, **more: Any) -> int:
     """Start a run, from nothing or from a model."""
     say = say_to_stderr(wish.quiet)
@@ -304,6 +234,7 @@ def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Tra
     if wish.dry_run:
         click.echo(json.dumps(config, indent=2))
         return 0
+    require_trackers(settings[2].trackers)
     loop.claim(folder, wish.force)
     return carry_out(job_of(settings, dataset, folder, config, params=params), wish, say)
 
@@ -342,6 +273,3 @@ def open_data(folder: Path | None, default: Path) -> Dataset:
         how = "fnlm prepare demo" if default.name.startswith("demo") else "fnlm prepare PATH"
         raise DataError(f"which data? give --data FOLDER, a folder made by '{how}' (there is no {default})")
     return data.open(folder or default)
-
-
-__all__ = ["Trained", "Wish", "begun", "continued", "run_options", "to_resume", "trained"]

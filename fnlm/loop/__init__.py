@@ -1,10 +1,10 @@
 """The run: `fit` trains, watches, saves and evaluates a `Job`; `RunConfig` says how often, and what to guard."""
 
-from fnlm.loop.run import fit, start
 from fnlm.loop.folder import claim, described, read_config, resumable, settings_of
 from fnlm.loop.guard import Guard
 from fnlm.loop.job import Job, Outcome, keys_of
 from fnlm.loop.memory import DoesNotFit
+from fnlm.loop.run import fit, start
 from fnlm.loop.settings import KINDS, RunConfig, Settings
 from fnlm.loop.signals import Stop
 

@@ -65,6 +65,14 @@ def resumable(folder: Path) -> Path | None:
     return checkpoint.newest_good(folder / CHECKPOINTS)
 
 
+def write(folder: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
+    """config.json and environment.json, each whole or not at all."""
+    for name, content in ((CONFIG, config), (ENVIRONMENT, environment)):
+        beside = folder / f".{name}.tmp"
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        beside.replace(folder / name)
+
+
 def claim(folder: Path, force: bool) -> None:
     """Make the folder of a new run. Raises ValueError where a run has left a checkpoint there.
 
@@ -74,9 +82,9 @@ def claim(folder: Path, force: bool) -> None:
         raise ValueError(
             f"{folder} holds a run; continue it with --resume, choose another --out, or replace it: --force"
         )
-    for name in (CHECKPOINTS, SAMPLES):
+    for name in (CHECKPOINTS, SAMPLES, "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (CONFIG, METRICS, ENVIRONMENT):
+    for name in (CONFIG, METRICS, ENVIRONMENT, "tracker-id"):
         (folder / name).unlink(missing_ok=True)
     (folder / SAMPLES).mkdir(parents=True, exist_ok=True)
     (folder / CHECKPOINTS).mkdir(exist_ok=True)

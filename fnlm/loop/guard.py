@@ -14,7 +14,8 @@ class Guard:
     """Looks at each step's loss and gradient norm; what is not finite, or a spike, is refused with a reason.
 
     A spike lies `z` standard deviations above the mean of the last `WINDOW` finite values, where it counts as just
-    that: one does not hide the next, and a lasting change is accepted after some steps. `state` and `restore` let a resumed run decide as the first.
+    that: one does not hide the next, and a lasting change is accepted after some steps. `state` and `restore` let a
+    resumed run decide as the first.
     """
 
     def __init__(self, z: float = 10.0) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from fnlm import checkpoint, tree
 from fnlm.checkpoint import Saver
-from fnlm.environment import memory_available
+from fnlm.environment import environment, memory_available
 from fnlm.loop import folder as files
 from fnlm.loop import memory
 from fnlm.loop.job import Begin, Job, Outcome, keys_of
@@ -26,6 +28,7 @@ def fit(job: Job, trackers: Tracker, progress: Progress) -> Outcome:
     written; DataError for data that cannot be. What was saved before stays.
     """
     begin, metrics = start(job), job.folder / files.METRICS
+    files.write(job.folder, job.config, environment(sys.argv))
     if job.resume is not None:
         JsonLines.truncate(metrics, int(begin.state.step))
     log = Many([JsonLines(metrics), trackers])

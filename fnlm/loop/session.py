@@ -19,19 +19,17 @@ from torch import Tensor
 from fnlm import checkpoint, data, random
 from fnlm.checkpoint import CheckpointError, Saver
 from fnlm.data import Sizes
-from fnlm.environment import peak_bytes, peak_flops
 from fnlm.evaluate import Evaluation, evaluate
 from fnlm.loop import folder as files
-from fnlm.loop.clock import Clock
 from fnlm.loop.guard import Guard
 from fnlm.loop.health import health, norms
 from fnlm.loop.job import Begin, Job, Outcome, Reason, keys_of
+from fnlm.loop.ledger import Ledger
 from fnlm.loop.samples import PARTED, Sampler
 from fnlm.loop.signals import Stop
 from fnlm.losses import make_lm_loss
-from fnlm.params import flops_per_token
-from fnlm.presets import optimizer_of, schedule_of, trained_model
-from fnlm.step import LossScale, Metrics, Plan, make_step
+from fnlm.presets import optimizer_of, trained_model
+from fnlm.step import LossScale, Plan, make_step
 from fnlm.track import JsonLines, Progress, Tracker
 from fnlm.types import Batch, Params, TrainState
 
@@ -67,13 +65,12 @@ class Session:
         self.take = make_step(loss, optimizer_of(job.train, job.cfg), Plan(job.train.precision), self._judge)
         self.sizes = Sizes(job.train.ramp, job.train.batch_size * job.train.micro_batches)
         _, self.order, _, self.sample_key = keys_of(job.train)
-        self.guard, self.clock = Guard(job.run.guard_z), Clock()
+        self.guard, self.ledger = Guard(job.run.guard_z), Ledger(job, begin.notes)
+        self.clock = self.ledger.clock
         self.sampler = Sampler(job.cfg, job.run, job.dataset, job.folder / files.SAMPLES)
-        self.rate, self.peak = schedule_of(job.train, job.train.lr), peak_flops(job.device, job.train.precision)
         self.refused: str | None = None
         self.watched: tuple[dict[str, Tensor], Params] | None = None
-        self.losses: list[Tensor] = []
-        self.clipped = self.failed = 0
+        self.failed = 0
         self.val: Evaluation | None = None
         own = job.resume is not None and job.resume.parent == saver.folder
         self.saved: Path | None = job.resume if own else None
@@ -84,16 +81,13 @@ class Session:
         """Take over what a checkpoint notes beside the state."""
         self.guard.restore(notes.get("guard", {}))
         self.in_a_row, self.worse = int(notes.get("in_a_row", 0)), int(notes.get("worse", 0))
-        self.skipped, self.unmade = int(notes.get("skipped", 0)), int(notes.get("unmade", 0))
         self.rollbacks, self.best = int(notes.get("rollbacks", 0)), notes.get("best")
-        self.loss = math.nan if notes.get("loss") is None else float(notes["loss"])
-        self.norm = torch.tensor(math.nan)
 
     def _notes(self) -> dict[str, Any]:
         """What goes into a checkpoint beside the state."""
-        names = ("in_a_row", "worse", "skipped", "unmade", "rollbacks", "best", "loss")
+        own = {name: getattr(self, name) for name in ("in_a_row", "worse", "rollbacks", "best")}
         told = {"guard": self.guard.state(), "tokens": self.tokens, "seconds": perf_counter() - self.began}
-        return {name: getattr(self, name) for name in names} | told | {"val_loss": self.val.loss if self.val else None}
+        return {**own, **self.ledger.notes(), **told, "val_loss": self.val.loss if self.val else None}
 
     @property
     def step(self) -> int:
@@ -129,7 +123,8 @@ class Session:
         self.state, metrics = self.take(self.state, parts if len(parts) > 1 else parts[0])
         self.clock.stepped(batch.tokens.numel())
         self.progress.advance(self.step)
-        self._count(metrics)
+        self.ledger.count(metrics, bool(self.refused))
+        self.in_a_row = self.in_a_row + 1 if self.refused else 0
         ended = self._after_refusal() if self.refused else None
         if due(self.step, self.job.run.log_every) or self.step == 1:
             self._log()
@@ -148,16 +143,6 @@ class Session:
         if self.job.run.guard != "off":
             self.refused = self.guard.reason(float(value), float(norm))
         return self.refused is None
-
-    def _count(self, metrics: Metrics) -> None:
-        made = not int(metrics["train/skipped"])
-        self.norm = metrics.get("train/grad_norm", self.norm)
-        self.clipped += made and self.job.train.clip is not None and bool(self.norm > self.job.train.clip)
-        self.skipped += not made
-        self.unmade += not made
-        self.in_a_row = 0 if self.refused is None else self.in_a_row + 1
-        if self.refused is None:
-            self.losses.append(metrics["train/loss"])
 
     def _after_refusal(self) -> Outcome | None:
         """What the guard was told to do about the step just refused, with the samples to blame in the log."""
@@ -182,11 +167,12 @@ class Session:
             return self._end("not finite", f"step {bad}: {self.refused}, and there is no checkpoint to go back to")
         if self.rollbacks >= self.job.run.guard_limit:
             return self._end("not finite", f"step {bad}: {self.refused}, after {self.rollbacks} rollbacks")
-        kept = self.rollbacks, self.skipped
+        rollbacks, skipped = self.rollbacks + 1, self.ledger.skipped
         state, notes = checkpoint.restore(path, self.state)
         self._remember(notes)
-        self.rollbacks, self.skipped = kept[0] + 1, kept[1]
-        self.unmade += bad + 1 - int(state.step)
+        self.ledger.remember(notes)
+        self.rollbacks, self.ledger.skipped = rollbacks, skipped
+        self.ledger.unmade += bad + 1 - int(state.step)
         self._event("rollback", f"back to step {int(state.step)}; batches {int(state.step)} to {bad} are passed over")
         self.state = state._replace(step=torch.tensor(bad + 1))
         return None
@@ -276,39 +262,21 @@ class Session:
         """Save what is not saved yet, and say how it ended."""
         self._save(last=True)
         self.saver.wait()
-        if self.losses:
+        if not self.ledger.empty:
             self._log()
-        if reason != "finished":
+        if reason == "finished":
+            self._event("finished", f"finished after {self.step} steps")
+        else:
             self._event("stopped", f"stopped: {message or reason}")
         assert self.saved is not None
         seconds = perf_counter() - self.began
         return Outcome(
-            self.step, reason, self.saved, self.loss, self.val, self.best, seconds, self.stop.signal, message
+            self.step, reason, self.saved, self.ledger.loss, self.val, self.best, seconds, self.stop.signal, message
         )
 
     def _log(self) -> None:
         """The training row of the steps since the last one."""
-        times, train = self.clock.read(), self.job.train
-        steps = max(1, len(self.losses))
-        if self.losses:
-            self.loss = float(torch.stack(self.losses).double().mean())
-        flops = times.tokens_per_second * flops_per_token(self.job.cfg)
-        row = {
-            "tokens": self.tokens,
-            "train/loss": self.loss,
-            "train/lr": float(self.rate(max(0, self.step - 1 - self.unmade))),
-            "train/grad_norm": float(self.norm),
-            "train/clip_frac": self.clipped / steps,
-            "train/skipped": self.skipped,
-            "train/batch_size": self.sizes.at(self.step - 1),
-            "perf/tok_per_sec": times.tokens_per_second,
-            "perf/step_ms": 1e3 * times.step,
-            "perf/data_frac": times.data_share,
-            "perf/mfu": flops / self.peak if self.peak else None,
-            "mem/peak_bytes": peak_bytes(self.job.device),
-        }
-        self.losses, self.clipped = [], 0
-        self._row(row | ({} if train.clip is not None else {"train/clip_frac": None}))
+        self._row(self.ledger.row(self.step, self.sizes.at(self.step - 1), self.tokens))
 
     def _row(self, row: dict[str, Any]) -> None:
         self.tracker.log({"step": self.step, **row})

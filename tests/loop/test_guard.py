@@ -70,7 +70,7 @@ def test_skip_leaves_the_update_out_and_names_the_samples(noisy: Dataset, tmp_pa
     job = tiny.job(noisy, tmp_path, learning(), guard_z=5.0, eval_every=0, save_every=0)
     outcome = tiny.fit(job)
     assert (outcome.step, outcome.reason) == (STEPS, "finished")
-    spikes = tiny.rows(job, "event")
+    spikes = tiny.rows(job, "event", "batch")
     assert any(1984 <= row["first_tokens"][0] < 2040 for row in spikes), "the noise is refused"
     for row in spikes:
         assert row["event"] == "spike"
@@ -98,7 +98,7 @@ def test_rollback_passes_over_the_batches_since_the_checkpoint(noisy: Dataset, t
     job = tiny.job(noisy, tmp_path / "back", replace(learning(), steps=bad + 1), guard="rollback", **more)
     outcome = tiny.fit(job)
     back = bad - bad % 10
-    assert tiny.rows(job, "event")[-1]["message"] == f"back to step {back}; batches {back} to {bad} are passed over"
+    assert tiny.rows(job, "event")[-2]["message"] == f"back to step {back}; batches {back} to {bad} are passed over"
     assert outcome.step == bad + 1
     a, b = tiny.state_of(outcome.checkpoint), tiny.state_of(job.folder / "checkpoints" / f"{back:08d}")
     assert all(torch.equal(a[k], b[k]) for k in b)

@@ -1,0 +1,77 @@
+"""`--resume`: which checkpoint it means, the settings the run goes on with, and whether the data are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from cli import settings as gather
+from cli.training import NAMES, Wish, carry_out, described, fingerprint, job_of, say_to_stderr
+from fnlm import data, loop
+from fnlm.checkpoint import CheckpointError
+from fnlm.data import DataError, Dataset
+from fnlm.loop import Settings
+
+
+class Found(NamedTuple):
+    """A checkpoint to go on from, the folder to go on in, and its config.json."""
+
+    checkpoint: Path
+    folder: Path
+    config: dict[str, Any]
+
+
+def to_resume(wish: Wish, default_out: Path) -> Found | None:
+    """What `--resume` means, or None: a fresh run. Raises CheckpointError where a named PATH has nothing to resume."""
+    if wish.resume is None:
+        return None
+    if "=" in wish.resume and not Path(wish.resume).exists():
+        raise ValueError(f"--resume {wish.resume}: that is no path; write --resume auto before a setting")
+    folder = wish.out or default_out if wish.resume == "auto" else Path(wish.resume)
+    if wish.resume != "auto" and not folder.exists():
+        raise CheckpointError(f"there is no {folder} to resume from")
+    if (folder / "COMMITTED").is_file() or (folder / "MANIFEST.json").is_file():
+        checkpoint, own = folder, folder.parent.parent
+    else:
+        found = loop.resumable(folder)
+        if found is None and wish.resume == "auto":
+            return None
+        if found is None:
+            raise CheckpointError(f"{folder} has no whole checkpoint to resume from")
+        checkpoint, own = found, folder
+    return Found(checkpoint, wish.out or own, loop.read_config(checkpoint))
+
+
+def resumed(found: Found, wish: Wish) -> Settings:
+    """The settings that the run had, with what is given now."""
+    pairs, _ = gather.set_to_auto(wish.pairs, "batch_size")
+    return gather.applied(loop.settings_of(found.config, found.checkpoint / "config.json"), pairs, NAMES)
+
+
+def same_data(found: Found, dataset: Dataset) -> None:
+    """Raises DataError where the data are not those that the run has been trained on."""
+    before, now = found.config.get("data_sha256"), fingerprint(dataset)
+    if before is not None and before != now:
+        raise DataError(
+            f"{dataset.folder} is not what {found.checkpoint} was trained on (its sha256 differs), so the run "
+            "cannot go on as it was; start another one with --init-from"
+        )
+
+
+def continued(found: Found, wish: Wish) -> int:
+    """Go on with a run."""
+    settings = resumed(found, wish)
+    dataset = data.open(wish.data or found.config["data"])
+    same_data(found, dataset)
+    kept = {key: found.config.get(key) for key in ("preset", "init_from")}
+    config = described(settings, dataset, **kept)
+    if wish.dry_run:
+        click.echo(json.dumps(config, indent=2))
+        return 0
+    for name in ("checkpoints", "samples"):
+        (found.folder / name).mkdir(parents=True, exist_ok=True)
+    say = say_to_stderr(wish.quiet)
+    return carry_out(job_of(settings, dataset, found.folder, config, resume=found.checkpoint), wish, say)
