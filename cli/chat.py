@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import secrets
 import sys
@@ -56,7 +58,7 @@ def command(
     """
     given = {"temperature": temperature, "top_k": top_k or None, "top_p": top_p, "min_tokens": min_tokens}
     settings: dict[str, Any] = {k: v for k, v in {**given, "max_tokens": max_new_tokens}.items() if v is not None}
-    Settings(**settings)  # what is wrong is said before the model is loaded
+    Settings(**{"max_tokens": None, **settings})  # what is wrong is said before the model is loaded
     about, models = only(model)
     talk = Talk(about, Engine(models, streams=1).start(), settings, system, seed)
     try:
@@ -96,6 +98,9 @@ class Talk:
 
     def run(self) -> int:
         """Turn by turn to the end of the input; returns the exit code."""
+        if self.terminal:
+            with contextlib.suppress(ImportError):  # not on Windows
+                importlib.import_module("readline")  # arrows edit the line and recall earlier ones
         note(f"{self.about.name}, {self.about.parameters:,} parameters, step {self.about.step:,}. /help, /exit")
         if not self.about.chat:
             note("It was trained on plain text: it continues what you write; an empty line lets it go on.")
@@ -219,7 +224,7 @@ class Talk:
         wanted = self.settings if value is None else {**self.settings, field_name: value}
         wanted = {k: v for k, v in wanted.items() if v or k not in ("top_k", "max_tokens")}
         try:
-            Settings(**wanted)
+            Settings(**{"max_tokens": None, **wanted})
         except ValueError as error:
             note(str(error))
             return
