@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
@@ -27,3 +28,11 @@ def test_data() -> Path:
     pytest.skip(
         f"no test data: FNLM_TEST_DATA names {named or 'nothing'}, and there is no shared/data beside the project"
     )
+
+
+@pytest.fixture(autouse=True)
+def _products_as_before() -> Iterator[None]:
+    """A command that trains in this process sets how it multiplies (`fnlm.tune_cpu`), and other tests compare bits."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
