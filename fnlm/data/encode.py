@@ -119,7 +119,8 @@ def chat_blocks(rows: Iterable[tuple[str, Messages]], tokenizer: Tokenizer) -> I
 
 def token_blocks(files: Sequence[Path], val_files: Sequence[Path], fraction: float, tok: Tokenizer) -> Iterator[Block]:
     """Tokens that are prepared already: the splits by the files' names, or else the end is val."""
-    parts = [(arrays.split_named(f), arrays.mapped(f)) for f in files] + [("val", arrays.mapped(f)) for f in val_files]
+    names = [(arrays.split_named(f), f) for f in files] + [("val", f) for f in val_files]
+    parts = [(name, arrays.mapped(f, tok)) for name, f in names]
     if not {"train", "val"} <= {name for name, _ in parts}:
         total = sum(len(ids) for _, ids in parts)
         parts = [*_divided([ids for _, ids in parts], int(total * (1 - fraction)))]

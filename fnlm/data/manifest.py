@@ -77,7 +77,20 @@ def open(folder: str | Path) -> Dataset:
     """
     folder = Path(folder)
     manifest = read(folder)
-    tokenizer = tokenizers.load(folder)
+    try:
+        return _dataset(folder, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"{folder / FILE} is damaged ({what}); prepare the data again") from error
+
+
+def _dataset(folder: Path, manifest: dict[str, Any]) -> Dataset:
+    try:
+        tokenizer = tokenizers.load(folder)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}/{tokenizers.FILE} is missing; prepare the data again") from error
+    except ValueError as error:
+        raise DataError(f"{error}; prepare the data again") from error
     if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
         raise DataError(f"{folder}/tokenizer.json is not the tokenizer of these tokens (its sha256 differs)")
     if tokenizer.vocab_size > manifest["vocab_size"]:
@@ -108,7 +121,7 @@ def _mapped(file: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     if not file.is_file():
         raise DataError(f"{file} is missing; prepare the data again")
     if file.suffix == ".npy":
-        array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+        array = _npy(file)
         found, same = len(array), array.dtype == dtype
     else:
         little = dtype.newbyteorder("<")
@@ -117,6 +130,14 @@ def _mapped(file: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
         array = np.memmap(file, little, "r") if found == count and count else np.zeros(0, dtype)
     if found != count or not same:
         raise DataError(f"{file} has {found} {array.dtype} values, manifest.json says {count}; prepare the data again")
+    return array
+
+
+def _npy(file: Path) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{file} is damaged: {error}; prepare the data again") from error
     return array
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from fnlm import tokenizers
 from fnlm.data import chat
 from fnlm.data.encode import Block, Survey, assigned, chat_blocks, hash_of, split_of, survey, text_blocks, token_blocks
-from fnlm.data.manifest import FILE, FORMAT, SPLITS, DataError
+from fnlm.data.manifest import FILE, FORMAT, SPLITS, DataError, read
 from fnlm.data.sink import Sink
 from fnlm.data.sources import TOKENS, Piece, Written, find, pieces
 from fnlm.data.vocabulary import check, dtype_for, learnt_from, make_tokenizer
@@ -229,7 +229,10 @@ def _done(out: Path, settings: dict[str, Any], sources: list[dict[str, Any]]) ->
     """The manifest of a folder made just so before."""
     if not (out / FILE).is_file():
         return None
-    manifest: dict[str, Any] = json.loads((out / FILE).read_text(encoding="utf-8"))
+    try:
+        manifest = read(out)
+    except DataError:  # what it was is not known: as any other folder that is in the way
+        return None
     same = manifest.get("settings") == settings and manifest.get("source") == sources
     return manifest if same else None
 

@@ -181,6 +181,34 @@ def test_tokens_of_others(tmp_path: Path) -> None:
     assert [dataset.train.tokens.tolist(), dataset.val.tokens.tolist()] == [ids[:7].tolist(), ids[7:].tolist()]
 
 
+def test_raw_tokens_of_a_large_vocabulary_are_uint32(tmp_path: Path) -> None:
+    large = str(tokenizers.named("byte", special=[f"<{i}>" for i in range(100_000)]).save(tmp_path / "large.json"))
+    ids = np.array([1, 70000, 5, 99999] * 20)
+    ids.astype("<u4").tofile(tmp_path / "a.bin")
+    dataset = prepared(tmp_path / "a.bin", tmp_path / "out", tokenizer=large)
+    assert np.concatenate([dataset.train.tokens, dataset.val.tokens]).tolist() == ids.tolist()
+    again = prepared(tmp_path / "out", tmp_path / "again", tokenizer=large)
+    assert again.train.tokens.tolist() == dataset.train.tokens.tolist()
+    (ids % 100).astype("<u4").tofile(tmp_path / "b.bin")
+    with pytest.raises(DataError, match="looks like uint32, not uint16"):
+        prepared(tmp_path / "b.bin", tmp_path / "small")
+
+
+def test_tokens_of_ours_keep_their_tokenizer(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"text": w} for w in WORDS])
+    prepared(file, tmp_path / "first", tokenizer="char")
+    with pytest.raises(DataError, match=r"was made with another tokenizer; give --tokenizer .*first"):
+        prepared(tmp_path / "first", tmp_path / "second")
+    again = prepared(tmp_path / "first", tmp_path / "second", tokenizer=str(tmp_path / "first"))
+    assert sorted(texts_of(again)) == sorted(texts_of(data.open(tmp_path / "first")))
+    talk = jsonl(tmp_path / "talk.jsonl", [{"prompt": w, "completion": w} for w in WORDS])
+    prepared(talk, tmp_path / "chat")
+    with pytest.raises(DataError, match="has a mask of what is learnt"):
+        prepared(tmp_path / "chat", tmp_path / "third")
+    write(tmp_path / "first" / "manifest.json", '{"of": "another program"}')
+    assert prepared(tmp_path / "first", tmp_path / "fourth", tokenizer=str(tmp_path / "first")).train.documents
+
+
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
 def test_llm_c_files(magic: int, version: int, dtype: str, tmp_path: Path) -> None:
     header = np.zeros(256, "<i4")
@@ -269,6 +297,9 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
         (lambda f: (f / "manifest.json").write_text("{"), "is not a manifest"),
         (lambda f: (f / "manifest.json").write_text('{"format": 7}'), "has format 7"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 1}'), "is damaged .KeyError"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "is not a tokenizer.json"),
     ],
 )
 def test_damage_is_found(damage, says: str, tmp_path: Path) -> None:
