@@ -124,7 +124,8 @@ def token_blocks(files: Sequence[Path], val_files: Sequence[Path], fraction: flo
     if not {"train", "val"} <= {name for name, _ in parts}:
         total = sum(len(ids) for _, ids in parts)
         parts = [*_divided([ids for _, ids in parts], int(total * (1 - fraction)))]
-    lengths = np.array([0 if t in tok.special.values() else len(b) for t, b in enumerate(tok.table)])
+    special = set(tok.special.values())
+    lengths = np.array([0 if t in special else len(b) for t, b in enumerate(tok.table)])
     for name, ids in parts:
         for start in range(0, len(ids), TOKENS):
             block = np.asarray(ids[start : start + TOKENS])
