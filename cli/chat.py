@@ -79,6 +79,7 @@ def only(path: Path) -> tuple[About, Models]:
     if len(about) > 1:
         names = ", ".join(str(path / a.name) for a in about[:20])
         raise CheckpointError(f"{path} holds {len(about)} models; choose one of {names}")
+    models.get(about[0].name)  # what cannot be read is said now, in one line
     return about[0], models
 
 
