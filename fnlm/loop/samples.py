@@ -25,10 +25,20 @@ class Sampler:
         self._cfg, self._folder, self._tokenizer = cfg, folder, dataset.tokenizer
         self._chat = dataset.manifest["kind"] == "chat"
         self._prompts = _given(run, dataset, self._chat) or beginnings(dataset, cfg.seq_len // 2)
+        for prompt, text in zip(self._prompts, run.sample_prompts, strict=False):
+            if not 0 < len(prompt) < cfg.seq_len:
+                raise ValueError(
+                    f"sample_prompts has {text[:40]!r}, {len(prompt)} tokens; choose 1 to {cfg.seq_len - 1}"
+                )
         self._settings = Settings(temperature=0.0 if self._chat else 0.8, max_tokens=run.sample_tokens)
 
     def write(self, params: Params, key: Key, step: int) -> str:
-        """The text of the samples; a prompt and its continuation are parted by ⏵."""
+        """The text of the samples; a prompt and its continuation are parted by ⏵. Empty where nothing can be asked.
+
+        Raises ValueError where the model's logits are not finite.
+        """
+        if not self._prompts:
+            return ""
         made = complete(params, self._cfg, self._tokenizer, self._prompts, self._settings, key, chat=self._chat)
         shown = [f"{self._tokenizer.decode(p)}⏵{g.text}" for p, g in zip(self._prompts, made, strict=True)]
         text = f"\n{PARTED}\n".join(shown) + "\n"

@@ -251,7 +251,10 @@ class Session:
         return None
 
     def _sample(self) -> None:
-        text = self.sampler.write(averaged(self.state), random.fold_in(self.sample_key, self.step), self.step)
+        try:
+            text = self.sampler.write(averaged(self.state), random.fold_in(self.sample_key, self.step), self.step)
+        except ValueError as error:
+            return self._event("sample failed", f"no sample: {error}")
         if text and not self.progress.quiet:
             self.progress.say("sample: " + " ".join(text.partition(PARTED)[0].split())[:SHOWN])
 

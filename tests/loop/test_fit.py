@@ -148,6 +148,20 @@ def test_the_checkpoint_tells_what_the_run_was(dataset: Dataset, tmp_path: Path)
     assert math.isfinite(notes["loss"])
 
 
+def test_a_prompt_that_cannot_be_asked_is_said_before_training(dataset: Dataset, tmp_path: Path) -> None:
+    for prompt in ("", "Mia " * 10):
+        with pytest.raises(ValueError, match=r"sample_prompts has .* tokens; choose 1 to 15"):
+            tiny.fit(tiny.job(dataset, tmp_path, sample_prompts=(prompt,)))
+
+
+def test_a_model_that_cannot_write_is_trained_all_the_same(dataset: Dataset, tmp_path: Path) -> None:
+    cfg = tiny.model(dataset)
+    params = {k: torch.full(s, math.nan) for k, s in fnlm.shapes(cfg).items()}
+    job = tiny.job(dataset, tmp_path, tiny.training(steps=2), cfg, params=params, guard="off", sample_every=1)
+    assert tiny.fit(job).reason == "finished"
+    assert [row["event"] for row in tiny.rows(job, "event")] == ["sample failed", "sample failed", "finished"]
+
+
 def test_samples_of_given_prompts(dataset: Dataset, tmp_path: Path) -> None:
     job = tiny.job(dataset, tmp_path, sample_prompts=("Mia and", "Tom"), sample_every=12)
     tiny.fit(job)
