@@ -25,6 +25,7 @@ def command(
     config: Path | None,
     track: tuple[str, ...],
     force: bool,
+    partial: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -43,7 +44,7 @@ def command(
     if len(plain) > 1 and data is None:
         data = Path(plain.pop(1))
     data = data or (Path(options["data"]) if "data" in options else None)
-    wish = Wish(pairs_of(given, config, track), data, out, resume, force, quiet, as_json, dry_run)
+    wish = Wish(pairs_of(given, config, track), data, out, resume, force, quiet, as_json, dry_run, partial)
     source = Path(plain[0]) if plain else None
     default = Path("runs") / (data.name if data else f"{source.name}-chat" if source else "chat")
     if found := to_resume(wish, default):

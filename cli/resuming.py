@@ -74,4 +74,6 @@ def continued(found: Found, wish: Wish) -> int:
     for name in ("checkpoints", "samples"):
         (found.folder / name).mkdir(parents=True, exist_ok=True)
     say = say_to_stderr(wish.quiet)
-    return carry_out(job_of(settings, dataset, found.folder, config, resume=found.checkpoint), wish, say)
+    return carry_out(
+        job_of(settings, dataset, found.folder, config, resume=found.checkpoint, partial=wish.partial), wish, say
+    )

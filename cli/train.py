@@ -26,6 +26,7 @@ def command(
     config: Path | None,
     track: tuple[str, ...],
     force: bool,
+    partial: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -49,7 +50,7 @@ def command(
         resume = resume or "auto"
     elif options.get("init_from", "scratch") != "scratch":
         init_from = init_from or Path(options["init_from"])
-    wish = Wish(pairs_of(given, config, track), data, out, resume, force, quiet, as_json, dry_run)
+    wish = Wish(pairs_of(given, config, track), data, out, resume, force, quiet, as_json, dry_run, partial)
     default = Path("runs") / (name or "demo")
     if found := to_resume(wish, default):
         was = found.config.get("preset")

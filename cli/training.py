@@ -15,12 +15,12 @@ import torch
 from cli import settings as gather
 from cli.settings import Pair
 from fnlm import __version__, checkpoint, data, loop
-from fnlm.checkpoint import CheckpointError
 from fnlm.config import ModelConfig, TrainConfig, did_you_mean, override
 from fnlm.data import DataError, Dataset
 from fnlm.environment import memory_available
 from fnlm.loop import Job, Outcome, RunConfig, Settings, memory
 from fnlm.machine import has_fast_bf16, tune_cpu
+from fnlm.params import init_params, shapes
 from fnlm.track import TRACKERS, Progress, open_trackers, require_trackers
 from fnlm.trained import Trained
 from fnlm.types import Params
@@ -40,6 +40,7 @@ class Wish(NamedTuple):
     quiet: bool
     as_json: bool
     dry_run: bool
+    partial: bool
 
 
 OPTIONS = (
@@ -52,11 +53,12 @@ OPTIONS = (
     click.option("--config", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="TOML or YAML."),
     click.option("--track", multiple=True, type=click.Choice(list(TRACKERS)), help="Also log there."),
     click.option("--force", is_flag=True, help="Replace the run that is in the folder."),
+    click.option("--partial", is_flag=True, help="Of another shape: take what fits, the rest starts anew."),
     click.option("--dry-run", is_flag=True, help="Print all settings and stop."),
     click.option("--quiet", is_flag=True, help="No progress on stderr."),
     click.option("--json", "as_json", is_flag=True, help="How it ended, as JSON."),
 )  # fmt: skip
-NAMES = ("--data", "--out", "--resume", "--config", "--track", "--force", "--dry-run", "--quiet", "--json")
+NAMES = ("--data", "--out", "--resume", "--config", "--track", "--force", "--partial", "--dry-run", "--quiet", "--json")
 
 
 def run_options(command: F) -> F:
@@ -95,17 +97,17 @@ def shortened(train: TrainConfig, pairs: list[Pair]) -> list[Pair]:
     steps = gather.steps_in(pairs)
     if steps is None or steps >= train.steps:
         return []
-    lengths = {"warmup": train.warmup, "decay_steps": train.decay_steps}
-    return [(k, str(max(1, n * steps // train.steps))) for k, n in lengths.items() if n and n > steps // 2]
+    lengths = {"warmup": (train.warmup, 0), "decay_steps": (train.decay_steps, 1)}
+    return [(k, str(max(least, n * steps // train.steps))) for k, (n, least) in lengths.items() if n and n > steps // 2]
 
 
-def fresh(base: Settings, wish: Wish, dataset: Dataset, say: Callable[[str], None]) -> Settings:
-    """The settings of a new run: the base, what was given, and what the data and the machine decide."""
+def fresh(base: Settings, wish: Wish, dataset: Dataset, say: Callable[[str], None], adapt: bool) -> Settings:
+    """The settings of a new run: the base, what was given, and what the machine and, to `adapt`, the data decide."""
     pairs, auto = gather.set_to_auto(wish.pairs, "batch_size")
     pairs = [*shortened(base[1], pairs), *pairs]
     model, train, run, compute = gather.applied(base, pairs, NAMES)
     run = paced(run, train.steps, pairs)
-    model = with_vocabulary(model, dataset, gather.given(pairs, "vocab_size"), say)
+    model = with_vocabulary(model, dataset, not adapt or gather.given(pairs, "vocab_size"), say)
     if auto:
         train = fitted(model, train, run, compute, say)
     elif device_of(run).type == "cpu":
@@ -157,10 +159,12 @@ def fingerprint(dataset: Dataset) -> str:
     return str(dataset.manifest["splits"]["train"]["sha256"])
 
 
-def init(model: Trained, dataset: Dataset) -> Params:
-    """The parameters to start from. Raises DataError where the data have another tokenizer than the model."""
-    data.require_same_tokenizer(dataset, model.tokenizer.sha256, str(model.path))
-    return model.params
+def initial(model: Trained, settings: Settings, partial: bool) -> Params:
+    """The model's parameters in the shapes that the settings want; `partial`: what does not fit is drawn anew."""
+    cfg, train = settings[:2]
+    anew = init_params(cfg, loop.keys_of(train)[0]) if partial else None
+    outline = {k: torch.empty(shape, device="meta") for k, shape in shapes(cfg).items()}
+    return checkpoint.fitted(model.params, anew or outline, model.path, partial)
 
 
 def carry_out(job: Job, wish: Wish, say: Callable[[str], None]) -> int:
@@ -226,10 +230,10 @@ def say_to_stderr(quiet: bool) -> Callable[[str], None]:
 def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Trained | None, **more: Any) -> int:
     """Start a run, from nothing or from a model."""
     say = say_to_stderr(wish.quiet)
-    params = init(model, dataset) if model else None
-    settings = fresh(base, wish, dataset, say)
-    if model and settings[0] != override(base[0]):
-        require_same_shape(base[0], settings[0], model)
+    if model:
+        data.require_same_tokenizer(dataset, model.tokenizer.sha256, str(model.path))
+    settings = fresh(base, wish, dataset, say, adapt=model is None)
+    params = initial(model, settings, wish.partial) if model else None
     config = described(settings, dataset, init_from=str(model.path) if model else None, **more)
     if wish.dry_run:
         click.echo(json.dumps(config, indent=2))
@@ -237,19 +241,6 @@ def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Tra
     require_trackers(settings[2].trackers)
     loop.claim(folder, wish.force)
     return carry_out(job_of(settings, dataset, folder, config, params=params), wish, say)
-
-
-def require_same_shape(before: ModelConfig, now: ModelConfig, model: Trained) -> None:
-    """Raises CheckpointError where the settings ask for other parameters than the model has."""
-    from fnlm.params import shapes
-
-    wanted, there = shapes(now), {k: tuple(p.shape) for k, p in model.params.items()}
-    odd = [name for name in {**wanted, **there} if wanted.get(name) != there.get(name)]
-    if odd:
-        first = f"{odd[0]} is {there.get(odd[0])} there, {wanted.get(odd[0])} here"
-        raise CheckpointError(
-            f"{model.path} does not fit these settings: {first}; leave out what changes the model's shape"
-        )
 
 
 def preset_and_data(plain: list[str], presets: list[str]) -> tuple[str | None, Path | None]:

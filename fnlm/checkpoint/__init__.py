@@ -6,7 +6,7 @@
 
 from fnlm.checkpoint.files import CheckpointError
 from fnlm.checkpoint.layout import best, describe, is_any, mark_best, newest_good, resolve, verify
-from fnlm.checkpoint.read import load_params, restore
+from fnlm.checkpoint.read import fitted, load_params, restore
 from fnlm.checkpoint.saver import Saver
 from fnlm.checkpoint.write import save
 
@@ -15,6 +15,7 @@ __all__ = [
     "Saver",
     "best",
     "describe",
+    "fitted",
     "is_any",
     "load_params",
     "mark_best",

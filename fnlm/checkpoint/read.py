@@ -65,6 +65,22 @@ def load_params(path: str | Path, average: bool = False) -> tuple[ModelConfig, P
     return model_config(config["model"]), params, about["extra"]
 
 
+def fitted(there: Params, like: Params, where: str | Path, partial: bool = False) -> Params:
+    """The parameters `there` in the order of `like`, which may lie on the meta device.
+
+    CheckpointError with a table where names or shapes differ; `partial=True` keeps the tensors of `like` there.
+    """
+    saved = {f"params/{k}": {"shape": list(t.shape), "dtype": dtype_name(t)} for k, t in there.items()}
+    rows = _differences(saved, {f"params/{k}": t for k, t in like.items()})
+    about = {"tensors": saved, "what": "params"}
+    if rows and not partial:
+        raise CheckpointError(f"{_table(Path(where), about, rows)}\nleave out what changes the model, or --partial")
+    if rows:
+        _log.warning("%s", _table(Path(where), about, rows))
+    odd = {name.removeprefix("params/") for _, name, _ in rows}
+    return {k: _kept(k, t) if k in odd else there[k] for k, t in like.items()}
+
+
 def model_config(values: dict[str, Any]) -> ModelConfig:
     """A ModelConfig from JSON. CheckpointError for a field that this version does not have."""
     names = [f.name for f in fields(ModelConfig)]
@@ -118,7 +134,7 @@ def _table(path: Path, about: dict[str, Any], rows: list[tuple[str, str, str]]) 
 def _remedy(about: dict[str, Any]) -> str:
     if about["what"] == "params":
         return "\nit was saved with what='params', without the optimizer: start from it with load_params"
-    return "\nuse the model and optimizer it was saved with, or partial=True to keep only what fits"
+    return "\nuse the model and optimizer it was saved with, or --partial (partial=True) to keep only what fits"
 
 
 def _device(tensor: Tensor) -> torch.device:

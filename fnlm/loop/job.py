@@ -24,7 +24,7 @@ class Job:
     """All that a run is made of. `config` goes into each checkpoint as config.json.
 
     `params`: start from these instead of anew. `resume`: a checkpoint with the whole state, of this run or of another
-    with the same model and optimizer.
+    with the same model and optimizer; `partial`: or another one, of which only what fits is taken.
     """
 
     cfg: ModelConfig
@@ -36,6 +36,7 @@ class Job:
     config: dict[str, Any]
     params: Params | None = None
     resume: Path | None = None
+    partial: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 

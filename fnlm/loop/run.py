@@ -52,6 +52,9 @@ def start(job: Job) -> Begin:
         params = init_params(job.cfg, model_key) if job.params is None else job.params
         here = {k: p.to(job.device) for k, p in params.items()}
         return Begin(init_state(here, optimizer, plan, drop_key), {})
+    if job.partial:
+        fresh = {k: p.to(job.device) for k, p in init_params(job.cfg, model_key).items()}
+        return Begin(*checkpoint.restore(job.resume, init_state(fresh, optimizer, plan, drop_key), partial=True))
     outline = {k: torch.empty(shape, device="meta") for k, shape in shapes(job.cfg).items()}
     like = init_state(outline, optimizer, plan, drop_key)
     state, notes = checkpoint.restore(job.resume, like)

@@ -80,7 +80,7 @@ MISTAKES = [
     ("train --out runs/tiny d_model=32 --resume", BAD, r"runs/tiny/checkpoints/\d{8} does not fit: .*; use .*"),
     ("train --out runs/tiny --resume d_model=32", USAGE, r"--resume d_model=32: that is no path; write .*"),
     ("train --resume runs/tiny --data data/bytes", BAD, r"data/bytes is not what runs/tiny.* was trained on .*"),
-    ("train demo data/tale --init-from runs/tiny n_layers=2", BAD, r"runs/tiny.* does not fit .*"),
+    ("train demo data/tale --init-from runs/tiny n_layers=2", BAD, r"runs/tiny.* does not fit: .*"),
     ("train demo data/tale --init-from runs/torn", BAD, r".*runs/torn.*"),
     ("finetune", USAGE, r"which model\?.*"),
     ("finetune runs/tny data/tale", BAD, r"there is no runs/tny; did you mean 'tiny'\?"),

@@ -211,7 +211,18 @@ def test_finetune_starts_from_the_model_and_needs_its_tokenizer(place: Path, run
     assert len(err.strip().splitlines()) == 1
     code, _, err = run("finetune", "runs/a", "data", "n_layers=3", "--force")
     assert code == 4
-    assert "does not fit these settings" in err
+    assert "missing  params/blocks.2.attn_norm.weight" in err
+    assert err.splitlines()[-1].endswith("leave out what changes the model, or --partial")
+    code, out, err = run(
+        "finetune", "runs/a", "data", "n_layers=3", "--force", "--partial", "lr=0", "steps=1", "--json"
+    )
+    assert code == 0, err
+    grown = checkpoint.load_params(json.loads(out)["checkpoint"])[1]
+    assert all(torch.equal(before[k], grown[k]) for k in before), "what fits is taken"
+    assert "blocks.2.attn.q.weight" in grown
+    code, out, err = run("train", "--resume", "runs/data", "n_layers=2", "steps=2", "--partial", "--json", "--quiet")
+    assert code == 0, err
+    assert len(checkpoint.load_params(json.loads(out)["checkpoint"])[1]) == len(before)
 
 
 def command(*words: str) -> list[str]:
