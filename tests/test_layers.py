@@ -16,9 +16,9 @@ FLOORS = (
     "types",
     "tree",
     "random < dropout | config < overrides | collectives | compiling | kernels | machine < environment",
-    "attention < blocked < mlp < sublayers < forward < losses | optim | sharding | tokenizers | world",
-    "params < presets | sampling | data | interop | decode",
-    "step | generate | evaluate | checkpoint < trained | lift | budget",
+    "attention < blocked < rotary < mlp < sublayers < forward < losses | optim | sharding | tokenizers | world",
+    "params < presets | sampling | data | decode",
+    "step | generate | evaluate | checkpoint < interop < trained | lift | budget",
     "track < loop | report | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names
     "cli | webui",

@@ -32,11 +32,11 @@ class Ledger:
 
     def remember(self, notes: dict[str, Any]) -> None:
         """Take over what a checkpoint notes."""
-        self.skipped, self.unmade = int(notes.get("skipped", 0)), int(notes.get("unmade", 0))
+        self.skipped, self.unmade = int(notes.get("left_out", 0)), int(notes.get("unmade", 0))
         self.loss = math.nan if notes.get("loss") is None else float(notes["loss"])
 
     def notes(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "unmade": self.unmade, "loss": self.loss}
+        return {"left_out": self.skipped, "unmade": self.unmade, "loss": self.loss}
 
     def count(self, metrics: Metrics, refused: bool) -> None:
         """A step: its metrics, and whether the guard refused it."""
