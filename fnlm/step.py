@@ -1,4 +1,4 @@
-"""The training step: one text for every precision, and later for every strategy.
+"""The training step: one text for every precision and every strategy.
 
 Differentiation is `torch.autograd.grad` on leaves made once a step; `torch.func.grad` would keep the graph of the
 backward pass alive (a quarter more memory) and is for analysis.
@@ -7,6 +7,7 @@ backward pass alive (a quarter more memory) and is for analysis.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -33,6 +34,38 @@ class Loss(Protocol):
     def __call__(self, params: Params, batch: Batch, key: Key | None, use: Use, /) -> Tensor: ...
 
 
+class Link(Protocol):
+    """How parameters at rest become parameters in use, in one step, and how gradients come home."""
+
+    def forward(self, params: Params, last: bool = True, /) -> AbstractContextManager[None]:
+        """The forward pass of a micro-batch on parameters at rest; `last`: none follows."""
+
+    def use(self, group: str, params: Params, /) -> Params:
+        """What stands just before a group computes."""
+
+    def finish(self, grads: dict[str, Tensor | None], /) -> Params:
+        """From what autograd gave to gradients at rest; {} where they come with a later micro-batch."""
+
+
+class Ranks(Protocol):
+    """What a step asks of the ranks it runs on; `fnlm.sharding.Ranks` answers for every strategy."""
+
+    def link(self, params: Params, /) -> Link:
+        """The traffic of one step."""
+
+    def mine(self, piece: Batch, keys: Key | None, /) -> tuple[Batch, Key | None]:
+        """This rank's part of a micro-batch and of its keys, one per row."""
+
+    def total(self, x: Tensor, /) -> Tensor:
+        """The sum over the ranks that split a batch."""
+
+    def norm(self, tree: Params, /) -> Tensor:
+        """The global norm of what lies as parameters do."""
+
+    def everywhere(self, ok: Tensor, /) -> bool:
+        """Whether all ranks say so, of a 0-d bool."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a step is carried out: the dtype parameters compute in, the pieces a batch is cut into, and donation.
@@ -40,6 +73,7 @@ class Plan:
     Parameters rest in their own dtype (float32); they are cast once a step, and the loss is computed in float32.
     `keep_memory`: on a CPU, the first step calls `fnlm.machine.keep_freed_memory`, which holds for the whole process.
     `fp16` scales the loss; an overflow halves the scale and skips the step, `scale_every` good steps double it.
+    `ranks`: who else takes part in the step (None: nobody); then the batch that is given is that of all.
     """
 
     precision: Precision = "fp32"
@@ -48,6 +82,7 @@ class Plan:
     keep_memory: bool = True
     use: Use = identity
     scale_every: int = 2000
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in DTYPES:
@@ -86,40 +121,72 @@ def value_and_grad(loss: Loss, plan: Plan = Plan()) -> Callable[..., tuple[Tenso
         params: Params, batch: Batch | Sequence[Batch], key: Key | None = None, scale: Tensor | None = None
     ) -> tuple[Tensor, Params]:
         pieces = _pieces(batch, plan.micro_batches)
-        keys = _sample_keys(key, pieces)
-        if len(pieces) == 1:
-            return _one(loss, _live(params, plan.precision), pieces[0], keys[0], plan.use, scale)
+        ranks, one = plan.ranks, plan.ranks is None and len(pieces) == 1
+        keys = _sample_keys(key, pieces, one)
+        link: Link = _Here(plan.use) if ranks is None else ranks.link(params)
         shared = _live(params, plan.precision)
-        parts = torch.stack([p.weights.sum(dtype=torch.float64) for p in pieces])
-        shares = parts / torch.where(parts.sum() > 0, parts.sum(), 1)
-        grads = {k: torch.zeros_like(v, dtype=_wide(v.dtype)) for k, v in params.items()}
-        value = torch.zeros((), dtype=max((g.dtype for g in grads.values()), key=lambda d: d.itemsize))
-        for piece, k, share in zip(pieces, keys, shares.to(value.dtype), strict=True):
-            part, part_grads = _one(loss, dict(shared), piece, k, plan.use, share if scale is None else share * scale)
+        if one:
+            return _one(loss, shared, pieces[0], keys[0], link, scale)
+        if ranks is not None:
+            pieces, keys = map(list, zip(*map(ranks.mine, pieces, keys), strict=True))
+        shares = _shares(pieces, ranks)
+        grads: Params = {}
+        value = torch.zeros((), dtype=max((_wide(p.dtype) for p in params.values()), key=lambda d: d.itemsize))
+        for i, (piece, k, share) in enumerate(zip(pieces, keys, shares.to(value.dtype), strict=True)):
+            factor, last = share if scale is None else share * scale, i == len(pieces) - 1
+            part, part_grads = _one(loss, dict(shared), piece, k, link, factor, last)
             value = value + part * share
-            for name in grads:
-                grads[name] += part_grads.pop(name)
-        return value, grads
+            _add_grads(grads, part_grads)
+        return value if ranks is None else ranks.total(value), grads
 
     return run
 
 
+class _Here:
+    """The link of one device: parameters rest where they are used."""
+
+    def __init__(self, use: Use) -> None:
+        self.use, self._like = use, dict[str, tuple[torch.Size, torch.dtype, torch.device]]()
+
+    def forward(self, params: Params, last: bool = True) -> AbstractContextManager[None]:
+        self._like = {k: (x.shape, x.dtype, x.device) for k, x in params.items()}
+        return nullcontext()
+
+    def finish(self, grads: dict[str, Tensor | None]) -> Params:
+        out = {}
+        for name, (shape, dtype, device) in self._like.items():
+            g = grads[name]  # None: the loss does not depend on it
+            out[name] = torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+        return out
+
+
+def _shares(pieces: list[Batch], ranks: Ranks | None) -> Tensor:
+    """What each piece counts for: its part of all weights, of all ranks, float64."""
+    parts = torch.stack([p.weights.sum(dtype=torch.float64) for p in pieces])
+    whole = parts.sum() if ranks is None else ranks.total(parts.sum())
+    return parts / torch.where(whole > 0, whole, 1)
+
+
+def _add_grads(sums: Params, grads: Params) -> None:
+    """Add to the sums, float32 at least, and use up `grads`; what autograd gave may be shared: it is not written to."""
+    for name in list(grads):
+        g = grads.pop(name)
+        sums[name] = sums[name] + g if name in sums else g.to(_wide(g.dtype))
+
+
 def _one(
-    loss: Loss, live: Params, batch: Batch, key: Key | None, use: Use, scale: Tensor | None
+    loss: Loss, live: Params, batch: Batch, key: Key | None, link: Link, scale: Tensor | None, last: bool = True
 ) -> tuple[Tensor, Params]:
     """The loss and gradients of one piece; `live` is emptied, so that the backward pass frees copies as it goes."""
-    value = loss(live, batch, key, use)
+    with link.forward(live, last):
+        value = loss(live, batch, key, link.use)
     if value.ndim:
         raise ValueError(f"a loss is one number, this one has shape {tuple(value.shape)}; take its mean")
     edges = {k: get_gradient_edge(x) for k, x in live.items()}
-    empty = {k: (x.shape, x.dtype, x.device) for k, x in live.items()}
     live.clear()
     target = value if scale is None else value * scale
-    grads = dict(zip(edges, torch.autograd.grad(target, list(edges.values()), allow_unused=True), strict=True))
-    for name, (shape, dtype, device) in empty.items():
-        if grads[name] is None:  # the loss does not depend on it
-            grads[name] = torch.zeros(shape, dtype=dtype, device=device)
-    return value.detach(), grads
+    found = torch.autograd.grad(target, list(edges.values()), allow_unused=True)
+    return value.detach(), link.finish(dict(zip(edges, found, strict=True)))
 
 
 def _live(params: Params, precision: Precision) -> Params:
@@ -147,9 +214,9 @@ def _pieces(batch: Batch | Sequence[Batch], n: int) -> list[Batch]:
     return [batch] if n == 1 else [Batch(*parts) for parts in zip(*(x.chunk(n) for x in batch), strict=True)]
 
 
-def _sample_keys(key: Key | None, pieces: list[Batch]) -> list[Key | None]:
+def _sample_keys(key: Key | None, pieces: list[Batch], one: bool) -> list[Key | None]:
     """One key per row of the whole batch, so that a row's dropout does not depend on how the batch is cut."""
-    if key is None or len(pieces) == 1:
+    if key is None or one:
         return [key] * len(pieces)  # the forward makes the same keys where it needs them
     sizes = [p.tokens.shape[0] for p in pieces]
     return list(random.fold_in(key, torch.arange(sum(sizes), device=key.device)).split(sizes))
@@ -175,7 +242,8 @@ def make_step(
     train/grad_norm and train/skipped; where it says False, only the count of steps goes on.
     """
     gradients = value_and_grad(loss, plan)
-    apply = _donated(optimizer) if plan.donate else _pure(optimizer)
+    norm = optim.global_norm if plan.ranks is None else plan.ranks.norm
+    apply = _donated(optimizer, norm) if plan.donate else _pure(optimizer, norm)
 
     unkept = plan.keep_memory
 
@@ -199,7 +267,8 @@ def make_step(
         value, grads = gradients(state.params, batch, key, scale)
         with torch.no_grad():
             grads = {k: g.to(_wide(state.params[k].dtype)) / scale for k, g in grads.items()}
-            finite = bool(torch.stack([g.isfinite().all() for g in grads.values()]).all())
+            ok = torch.stack([g.isfinite().all() for g in grads.values()]).all()
+            finite = bool(ok) if plan.ranks is None else plan.ranks.everywhere(ok)
             seen = _Seen(judge, value, state.params) if judge and finite else None
             params, inner = apply(grads, inner, state.params, seen) if finite else (state.params, inner)
             grown = finite and int(good) + 1 >= plan.scale_every
@@ -230,8 +299,8 @@ class _Seen:
 Apply = Callable[[Params, Tree, Params, "_Seen | None"], tuple[Params, Tree]]
 
 
-def _donated(optimizer: Transform) -> Apply:
-    update_ = optim.in_place(optimizer)
+def _donated(optimizer: Transform, norm: Callable[[Params], Tensor]) -> Apply:
+    update_ = optim.in_place(optimizer, norm=norm)
 
     def apply(grads: Params, opt_state: Tree, params: Params, seen: _Seen | None) -> tuple[Params, Tree]:
         after = update_(grads, opt_state, params, seen)
@@ -240,9 +309,9 @@ def _donated(optimizer: Transform) -> Apply:
     return apply
 
 
-def _pure(optimizer: Transform) -> Apply:
+def _pure(optimizer: Transform, norm: Callable[[Params], Tensor]) -> Apply:
     def apply(grads: Params, opt_state: Tree, params: Params, seen: _Seen | None) -> tuple[Params, Tree]:
-        if seen is not None and not seen(optim.global_norm(grads), grads):
+        if seen is not None and not seen(norm(grads), grads):
             return params, opt_state
         wide = {k: g.to(params[k].dtype) for k, g in grads.items()}
         updates, opt_state = optimizer.update(wide, opt_state, params)

@@ -18,7 +18,7 @@ FLOORS = (
     "random < dropout | config < overrides | collectives | compiling | kernels | machine < environment",
     "attention < blocked < rotary < mlp < sublayers < forward < losses | optim | sharding | tokenizers | world",
     "params < presets | sampling | data | decode",
-    "step | generate | evaluate | checkpoint < interop < trained | lift | budget",
+    "step < sharded_optim < sharded | generate | evaluate | checkpoint < interop < trained | lift | budget",
     "track < loop | report | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names
     "cli | webui",

@@ -26,7 +26,7 @@ Judge: TypeAlias = Callable[[Tensor, Params], bool]
 """(global norm of the gradients, gradients) -> whether they are applied."""
 
 
-def in_place(optimizer: Transform, chunk: int = 8 << 20) -> InPlace:
+def in_place(optimizer: Transform, chunk: int = 8 << 20, norm: Callable[[Params], Tensor] = global_norm) -> InPlace:
     """The optimizer as `update(grads, state, params) -> state` on donated arguments.
 
     Equal to `optimizer.update` followed by `apply_updates`, up to rounding.
@@ -34,8 +34,8 @@ def in_place(optimizer: Transform, chunk: int = 8 << 20) -> InPlace:
     Parameters are updated in place; the moments of the given state are overwritten and live on in the returned one; the
     gradients are overwritten and `grads` is emptied. Gradients may have a lower precision than the parameters: they are
     converted at most `chunk` elements (or one tensor) at a time. `judge` sees them and their global norm before
-    anything is changed; where it says False, parameters and state stay as they are and None is returned. Raises
-    ValueError if grads and params differ in names.
+    anything is changed (`norm` computes it where no link does); where it says False, parameters and state stay as they
+    are and None is returned. Raises ValueError if grads and params differ in names.
     """
     plans: dict[object, tuple[Plan, bool]] = {}
 
@@ -50,15 +50,22 @@ def in_place(optimizer: Transform, chunk: int = 8 << 20) -> InPlace:
         plan, small = plans[key]
         if small:  # the norm is faster over float32, and the copy is small
             grads.update({k: _cast(g, params[k].dtype) for k, g in grads.items()})
-        return _run(plan, grads, state, params, judge)
+        return _run(plan, grads, state, params, judge, norm)
 
     return update
 
 
-def _run(plan: Plan, grads: Params, state: Tree, params: Params, judge: Judge | None) -> Tree:
+def _run(
+    plan: Plan,
+    grads: Params,
+    state: Tree,
+    params: Params,
+    judge: Judge | None,
+    norm_of_all: Callable[[Params], Tensor] = global_norm,
+) -> Tree:
     after: dict[Path, Tree] = {}
     norms = [_norm(clip, grads).to(_at(state, clip.path).norm.dtype) for clip in plan.clips]
-    if judge is not None and not judge(_whole_norm(plan, norms, grads), grads):
+    if judge is not None and not judge(_whole_norm(plan, norms, grads, norm_of_all), grads):
         return None
     divisors = []
     for clip, norm in zip(plan.clips, norms, strict=True):
@@ -81,10 +88,12 @@ def _run(plan: Plan, grads: Params, state: Tree, params: Params, judge: Judge | 
     return state
 
 
-def _whole_norm(plan: Plan, norms: list[Tensor], grads: Params) -> Tensor:
+def _whole_norm(plan: Plan, norms: list[Tensor], grads: Params, norm_of_all: Callable[[Params], Tensor]) -> Tensor:
     """That of a clip over everything, or computed for the judge alone."""
     whole = [norm for clip, norm in zip(plan.clips, norms, strict=True) if len(clip.names) == len(grads)]
-    return whole[0] if whole else _norm_of(list(grads.values()))
+    if whole:
+        return whole[0]
+    return _norm_of(list(grads.values())) if norm_of_all is global_norm else norm_of_all(grads)
 
 
 def _norm(clip: Clip, grads: Params) -> Tensor:
@@ -137,6 +146,11 @@ def _cast(g: Tensor, dtype: torch.dtype) -> Tensor:
     return g if g.dtype == dtype else g.to(dtype)
 
 
+def _laid_out(g: Tensor, p: Tensor) -> Tensor:
+    # the kernel walks memory: it would silently mix up the elements of a transposed gradient
+    return g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
+
+
 def _run_pure(
     part: Part, core: Link, grads: Params, own: Tree, params: Params, rate: float, divisor: Tensor | None
 ) -> Tree:
@@ -175,7 +189,7 @@ def _adamw_(
     divisor: Tensor | None,
 ) -> None:
     ps, gs, *stored = piece
-    gs = [_cast(g, ps[0].dtype) for g in gs]
+    gs = [_cast(_laid_out(g, p), p.dtype) for g, p in zip(gs, ps, strict=True)]
     mus, nus = ([_cast(m, ps[0].dtype) for m in moment] for moment in stored)
     if chunk.l2 or ps[0].dtype != torch.float32:  # the kernel reads the divisor as float32 and before any l2
         _prepare_(gs, ps, chunk, divisor)

@@ -257,3 +257,14 @@ def test_missing_gradients_are_refused():
     del grads["scale"]
     with pytest.raises(ValueError, match=r"1 names have no gradient or no parameter, first 'scale'"):
         optim.in_place(optimizer)(grads, optimizer.init(params), params)
+
+
+def test_a_transposed_gradient_is_not_mixed_up() -> None:
+    g = torch.Generator().manual_seed(0)
+    params = {"a": torch.randn(3, 5, generator=g)}
+    grads = {"a": torch.randn(5, 3, generator=g).T}
+    optimizer = optim.adamw(1e-2)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    want = optim.apply_updates(params, updates)
+    optim.in_place(optimizer)(dict(grads), optimizer.init(params), params)
+    torch.testing.assert_close(params["a"], want["a"])

@@ -1,0 +1,110 @@
+"""Where the model, the optimizer and the step meet a strategy: layouts of a ModelConfig, states and steps on shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fnlm import random
+from fnlm.collectives import Axes
+from fnlm.config import ModelConfig
+from fnlm.params import init_params, shapes
+from fnlm.sharded_optim import shard_optimizer
+from fnlm.sharding.layout import Layout
+from fnlm.sharding.mesh import Mesh
+from fnlm.sharding.ranks import Ranks
+from fnlm.sharding.specs import P, span
+from fnlm.sharding.strategy import Strategy, strategy
+from fnlm.sharding.whole import shard
+from fnlm.step import Judge, Loss, Metrics, Plan, init_state, make_step
+from fnlm.types import Batch, Key, Params, TrainState, Transform
+
+Rules = tuple[tuple[str, P], ...]
+
+
+def tensor_rules(cfg: ModelConfig) -> Rules:
+    """What the tensor axis splits (Shoeybi et al. 2019, 3): heads, the MLP's inner width, the vocabulary.
+
+    A rank has whole key heads together with the query heads that they serve.
+    """
+    q = cfg.head_dim * (cfg.n_heads // cfg.kv_heads)
+    return (
+        (r"embed\.tokens\.weight|head\.weight", P("tensor")),
+        (r"blocks\..*\.attn\.q\.(weight|bias)", P("tensor", unit=q)),
+        (r"blocks\..*\.attn\.[kv]\.(weight|bias)", P("tensor", unit=cfg.head_dim)),
+        (r"blocks\..*\.attn\.out\.weight", P(None, "tensor", unit=q)),
+        (r"blocks\..*\.mlp\.(up|gate)\.(weight|bias)", P("tensor")),
+        (r"blocks\..*\.mlp\.down\.weight", P(None, "tensor")),
+    )
+
+
+def groups(cfg: ModelConfig) -> dict[str, list[str]]:
+    """The units of communication in forward order, with full names: "root", "blocks.0", ..."""
+    out: dict[str, list[str]] = {"root": [], **{f"blocks.{i}": [] for i in range(cfg.n_layers)}}
+    for name in shapes(cfg):
+        out[".".join(name.split(".")[:2]) if name.startswith("blocks.") else "root"].append(name)
+    return out
+
+
+def layout_of(cfg: ModelConfig, how: str | Strategy, mesh: Mesh) -> Layout:
+    """The layout of a model under a strategy on a mesh.
+
+    ValueError, with the remedy, for a wrong mesh and for fewer key heads than tensor ranks.
+    """
+    check_model(cfg, mesh)
+    return Layout(strategy(how), mesh, shapes(cfg), groups(cfg), tensor_rules(cfg))
+
+
+def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
+    """ValueError where some rank would have no heads, or less than one column of the MLP, or no position."""
+    n = mesh.size("tensor")
+    for what, units in (("n_kv_heads", cfg.kv_heads), ("d_ff", cfg.ff_dim)):
+        if span(units, n, n - 1)[0] >= units:
+            fit = [r for r in range(1, units + 1) if r <= n and span(units, r, r - 1)[0] < units]
+            raise ValueError(
+                f"{what}={units} gives tensor={n} ranks none at the end; "
+                f"choose tensor={', '.join(str(r) for r in fit[:-1])}{' or ' if fit[:-1] else ''}{fit[-1]}"
+            )
+    if cfg.seq_len % mesh.size("context"):
+        raise ValueError(
+            f"seq_len={cfg.seq_len} is not divisible by context={mesh.size('context')}; "
+            f"choose a multiple of {mesh.size('context')}"
+        )
+
+
+def axes_of(layout: Layout) -> Axes:
+    """The axes that the forward of a model speaks along."""
+    mesh = layout.mesh
+    return Axes(data=mesh.axis("data"), tensor=mesh.axis("tensor"))
+
+
+def sharded_params(cfg: ModelConfig, layout: Layout, key: Key) -> Params:
+    """Fresh parameters of a model, this rank's part: each rank draws the whole and keeps its own."""
+    return shard(init_params(cfg, key), layout)
+
+
+def sharded_state(
+    params: Params, optimizer: Transform, layout: Layout, plan: Plan | None = None, key: Key | None = None
+) -> TrainState:
+    """The state before the first step from whole parameters, this rank's part of it; see `init_state`."""
+    own = shard_optimizer(optimizer, layout)
+    return init_state(shard(params, layout), own, plan or Plan(), random.key(0) if key is None else key)
+
+
+def make_sharded_step(
+    build: Callable[[Axes], Loss],
+    optimizer: Transform,
+    layout: Layout,
+    plan: Plan | None = None,
+    judge: Judge | None = None,
+    local: bool = False,
+) -> Callable[[TrainState, Batch | Sequence[Batch]], tuple[TrainState, Metrics]]:
+    """`make_step` under a strategy: step(state at rest, batch of all ranks) -> (state, metrics of all ranks).
+
+    `build(axes)` makes the loss for the axes a model is split over. Every rank gives the same batch and computes its
+    own rows of it; with `local` it gives its own rows, in this case without keys of its own (see `Ranks.mine`).
+    """
+    ranks = Ranks(layout, local)
+    return make_step(
+        build(axes_of(layout)), shard_optimizer(optimizer, layout), replace(plan or Plan(), ranks=ranks), judge
+    )

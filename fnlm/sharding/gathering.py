@@ -1,0 +1,122 @@
+"""From rest to use: a group's parameters are gathered ahead of their use, and may be dropped and gathered again.
+
+Where they are gathered again, autograd keeps notes in place of them. A note is made by storage, not by address, as
+addresses are reused; every gathered parameter has storage of its own, so that it can be freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fnlm.collectives import Work
+from fnlm.sharding.layout import Layout
+from fnlm.sharding.strategy import DTYPES
+from fnlm.types import Params
+
+
+class Note(NamedTuple):
+    """What autograd keeps in place of a gathered parameter."""
+
+    group: str
+    name: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Flight(NamedTuple):
+    """A gather on its way."""
+
+    row: Tensor
+    out: Tensor
+    work: Work
+
+
+class Gathering:
+    """The gathers of one step; `layout.state` is the axis along which parameters are split at rest."""
+
+    def __init__(self, layout: Layout) -> None:
+        assert layout.state is not None
+        self.layout, self.state, self.regather = layout, layout.state, layout.strategy.regather
+        self.dtype = DTYPES[layout.strategy.gather_dtype] if layout.strategy.gather_dtype else None
+        self.rest: dict[str, Params] = {}
+        self.flying: dict[str, Flight] = {}
+        self.here: dict[str, Params] = {}
+        self.home: dict[StorageWeakRef, tuple[str, str]] = {}
+        self.ahead, self.last = 1, True
+
+    @contextmanager
+    def forward(self, params: Params, last: bool) -> Iterator[None]:
+        """The forward pass of a micro-batch; what follows it is the backward pass."""
+        self.rest = {g: {s.name: params[s.name].detach() for s in p.slots} for g, p in self.layout.groups.items()}
+        self.ahead, self.last = 1, last
+        if self.regather:
+            with torch.autograd.graph.saved_tensors_hooks(self._note, self._fetch):
+                yield
+        else:
+            yield
+        self.ahead = -1
+
+    def lift(self, group: str) -> Params:
+        """The whole parameters of a group; from here on only the model holds them, where they are gathered again."""
+        whole = self.gathered(group)
+        if self._drops(group):
+            self.home |= {StorageWeakRef(t.untyped_storage()): (group, name) for name, t in whole.items()}
+            del self.here[group]
+        return whole
+
+    def used(self, group: str) -> None:
+        """The backward pass of a group is over."""
+        if self.last or self._drops(group):
+            self.here.pop(group, None)
+
+    def _drops(self, group: str) -> bool:
+        """The first group is in use from the first to the last moment: dropping it would save nothing."""
+        return self.regather and group != self.layout.group_names[0]
+
+    def gathered(self, group: str) -> Params:
+        """The whole parameters of a group, and the next groups are sent for."""
+        if group not in self.here:
+            order, i = self.layout.group_names, self.layout.group_names.index(group)
+            for j in range(self.layout.strategy.prefetch + 1):
+                if 0 <= i + j * self.ahead < len(order):
+                    self._launch(order[i + j * self.ahead])
+            self.here[group] = self._land(group)
+        return self.here[group]
+
+    def _launch(self, group: str) -> None:
+        if group in self.flying or group in self.here:
+            return
+        pack, params = self.layout.groups[group], self.rest[group]
+        one = params[pack.slots[0].name]
+        new = one.new_empty if pack.even else one.new_zeros
+        row = new(pack.width, dtype=self.dtype or one.dtype)
+        views = pack.views(row, 1)
+        torch._foreach_copy_([s.piece(views[s.name][0]) for s in pack.slots], [params[s.name] for s in pack.slots])
+        out = row.new_empty(pack.parts * pack.width)
+        self.flying[group] = Flight(row, out, self.state.wire.all_gather(out, row))
+
+    def _land(self, group: str) -> Params:
+        flight, pack = self.flying.pop(group), self.layout.groups[group]
+        flight.work.wait()
+        views = pack.views(flight.out, pack.parts)
+        like = self.rest[group]
+        whole = {s.name: like[s.name].new_empty(s.whole) for s in pack.slots}
+        pairs = [pair for s in pack.slots for pair in s.pairs(whole[s.name], views[s.name])]
+        torch._foreach_copy_([x for x, _ in pairs], [rows for _, rows in pairs])
+        return whole
+
+    def _note(self, t: Tensor) -> Tensor | Note:
+        where = self.home.get(StorageWeakRef(t.untyped_storage()))
+        return t if where is None else Note(*where, tuple(t.shape), t.stride(), int(t.storage_offset()))
+
+    def _fetch(self, kept: Tensor | Note) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        return self.gathered(kept.group)[kept.name].as_strided(kept.size, kept.stride, kept.offset)
