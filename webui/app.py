@@ -11,7 +11,7 @@ from typing import Any
 from flask import Flask, Response, g, jsonify, render_template, request
 from werkzeug.exceptions import HTTPException
 
-from webui import openai
+from webui import markdown, openai
 from webui.engine import Busy, Engine, Job, Stopped
 from webui.openai import ApiError, Shape
 from webui.replies import Answer, Gone
@@ -39,6 +39,7 @@ def create_app(engine: Engine, api_key: str | None = None, local: bool = True) -
     _guard(app, api_key, local)
     _pages(app, engine, api_key)
     _api(app, engine)
+    app.register_blueprint(markdown.blueprint)
     return app
 
 
