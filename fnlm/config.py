@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 Norm = Literal["layernorm", "rmsnorm"]
 Mlp = Literal["gelu", "gelu-tanh", "relu", "relu2", "swiglu"]
 Positions = Literal["learned", "rope", "alibi", "none"]
+RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 Init = Literal["gpt2", "fan-in", "mup"]
 Kernels = Literal["auto", "plain", "sdpa"]
 Remat = Literal["none", "block"]
@@ -42,8 +43,15 @@ class ModelConfig:
     positions: Positions = "learned"
     rope_theta: float = 10000.0
     rope_fraction: float = 1.0  # the part of each head that is rotated
+    rope_scaling: RopeScaling = "none"  # how a model trained on short texts was stretched to longer ones
+    rope_factor: float = 1.0  # by how much, at least 1
+    rope_original: int | None = None  # llama3 and yarn: the positions before
+    rope_low: float = 1.0  # llama3 and yarn: waves that turn less often in rope_original positions are stretched,
+    rope_high: float = 32.0  # those that turn more often are left alone
     tied: bool = True  # the head reads the token embedding
     bias: bool = False  # in every linear map and LayerNorm
+    qkv_bias: bool | None = None  # of queries, keys and values; None: as bias
+    norm_bias: bool | None = None  # of LayerNorms; None: as bias
     qk_norm: bool = False
     parallel_residual: bool = False  # attention and MLP read the same input (GPT-J, NeoX)
     embed_norm: bool = False  # a norm right after the embeddings
@@ -93,6 +101,12 @@ class ModelConfig:
             )
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta={self.rope_theta} must be positive; the usual value is 10000")
+        if self.rope_factor < 1:
+            raise ValueError(f"rope_factor={self.rope_factor} must be at least 1; it is how much longer texts become")
+        if self.rope_scaling in ("llama3", "yarn") and not self.rope_original:
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} needs rope_original, the positions trained before")
+        if not 0 < self.rope_low < self.rope_high:
+            raise ValueError(f"rope_low={self.rope_low} must lie between 0 and rope_high={self.rope_high}")
         for order, rows in self.ngrams:
             if order < 2 or rows < 1:
                 raise ValueError(f"ngrams has ({order}, {rows}); choose an order of at least 2 and at least 1 row")
@@ -119,6 +133,16 @@ class ModelConfig:
     def ff_dim(self) -> int:
         """F: the inner size of the MLP."""
         return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the maps to queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_norm_bias(self) -> bool:
+        """Whether LayerNorms have biases."""
+        return self.bias if self.norm_bias is None else self.norm_bias
 
     @property
     def rope_dim(self) -> int:
@@ -235,6 +259,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(alias)
     for name, alias in (
         ("norm", Norm), ("mlp", Mlp), ("positions", Positions), ("init", Init),
+        ("rope_scaling", RopeScaling),
         ("kernels", Kernels), ("remat", Remat), ("compile", Compile), ("precision", Precision),
         ("optimizer", Optimizer), ("schedule", Schedule), ("moments", Moments),
     )

@@ -25,6 +25,7 @@ from fnlm.config import Compute, ModelConfig
 from fnlm.dropout import dropout
 from fnlm.kernels import needs_plain, rotate
 from fnlm.mlp import mlp
+from fnlm.rotary import amplitude, frequencies
 from fnlm.sublayers import attention_sublayer, mlp_sublayer
 from fnlm.types import Key, Params
 
@@ -117,7 +118,7 @@ def _attend(
     n_kv, n_q = (p[f"attn.{name}.weight"].shape[0] // cfg.head_dim for name in "kq")
     # One product for q, k and v: three narrow ones read the input three times.
     weight = torch.cat([p["attn.q.weight"], p["attn.k.weight"], p["attn.v.weight"]])
-    bias = torch.cat([p["attn.q.bias"], p["attn.k.bias"], p["attn.v.bias"]]) if cfg.bias else None
+    bias = torch.cat([p["attn.q.bias"], p["attn.k.bias"], p["attn.v.bias"]]) if cfg.has_qkv_bias else None
     qkv = rearrange(F.linear(pvary(x, axes.tensor), weight, bias), "B T (A K) -> B T A K", K=cfg.head_dim)
     if cfg.qk_norm or places.rotation is not None:
         qk, v = qkv.split([n_q + n_kv, n_kv], 2)
@@ -225,9 +226,9 @@ def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Ax
 
 def rope_table(at: Tensor, cfg: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and signed sin for positions (T,): (T, R) each (Su et al. 2021, 3.4.2)."""
-    exponent = torch.arange(0, cfg.rope_dim, 2, device=at.device, dtype=torch.float64) / cfg.rope_dim
-    angle = torch.outer(at.double(), cfg.rope_theta**-exponent)
-    cos, sin = angle.cos(), angle.sin()
+    angle = torch.outer(at.double(), frequencies(cfg, at.device))
+    size = amplitude(cfg)
+    cos, sin = size * angle.cos(), size * angle.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 

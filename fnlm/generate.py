@@ -13,7 +13,7 @@ from fnlm.config import ModelConfig
 from fnlm.data import prompt as chat_prompt
 from fnlm.decode import Prepared, decode, init_cache, picked, prefill, prepare
 from fnlm.sampling import History, Settings, choose, draws, extended, filtered, history_of
-from fnlm.tokenizers import END_OF_TEXT, IM_END, StreamDecoder, Tokenizer
+from fnlm.tokenizers import IM_END, StreamDecoder, Tokenizer
 from fnlm.tokenizers.plain import Char
 from fnlm.types import Key, Params
 
@@ -149,7 +149,7 @@ def _tokens(
     return out
 
 
-class _Text:
+class Text:
     """What becomes of one row's tokens: text, held back while it might be the beginning of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
@@ -216,7 +216,7 @@ def stream(
     No piece ends within a character or shows a stop string's beginning that might go on. The text ends at
     `end_ids(tokenizer)` and the settings' own. Asks `cancelled` before each token.
     """
-    text = _Text(tokenizer, prompt_ids, settings.stop)
+    text = Text(tokenizer, prompt_ids, settings.stop)
     steps = generate(
         params, cfg, [prompt_ids], settings, key, eot_ids=end_ids(tokenizer), vocab_size=tokenizer.vocab_size,
         cancelled=cancelled, ended=lambda row: text.finish is not None,
@@ -224,7 +224,7 @@ def stream(
     return _pieces(text, steps)
 
 
-def _pieces(text: _Text, steps: Iterator[list[Token]]) -> Generator[str, None, Generation]:
+def _pieces(text: Text, steps: Iterator[list[Token]]) -> Generator[str, None, Generation]:
     for (token,) in steps:
         if piece := text.push(token):
             yield piece
@@ -249,7 +249,7 @@ def complete(
     Prompts are texts (`chat`: each the first message of a user) or ids.
     """
     ids = [encoded(tokenizer, p, chat) if isinstance(p, str) else p for p in prompts]
-    texts = [_Text(tokenizer, p, settings.stop) for p in ids]
+    texts = [Text(tokenizer, p, settings.stop) for p in ids]
     for tokens in generate(
         params, cfg, ids, settings, key, eot_ids=end_ids(tokenizer), vocab_size=tokenizer.vocab_size,
         cancelled=cancelled, ended=lambda row: texts[row].finish is not None,
@@ -275,16 +275,18 @@ def encoded(tokenizer: Tokenizer, text: str, chat: bool = False) -> list[int]:
             raise ValueError(f"the model's tokenizer knows {known} characters, but not {some}; leave them out")
     if chat:
         return chat_prompt(tokenizer, [{"role": "user", "content": text}])
-    return tokenizer.encode(text) or beginning(tokenizer)
+    return [*tokenizer.prefix, *tokenizer.encode(text)] or beginning(tokenizer)
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
-    """What stands before a document: the end of another; where there is no such token a newline, or else id 0."""
+    """What stands before a document: the tokenizer's prefix, or the end of another; else a newline, or id 0."""
+    if tokenizer.prefix:
+        return list(tokenizer.prefix)
     if tokenizer.eot_id is not None:
         return [tokenizer.eot_id]
     return [tokenizer.table.index(b"\n") if b"\n" in tokenizer.table else 0]
 
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end a text or a turn: those of <|endoftext|> and <|im_end|> that the tokenizer has."""
-    return frozenset(tokenizer.special[token] for token in (END_OF_TEXT, IM_END) if token in tokenizer.special)
+    """The ids that end a text or a turn: those of <|endoftext|> (or its like) and <|im_end|> that there are."""
+    return frozenset(i for i in (tokenizer.eot_id, tokenizer.special.get(IM_END)) if i is not None)

@@ -35,23 +35,24 @@ def _block(cfg: ModelConfig) -> dict[str, Shape]:
     d, f, q, kv = cfg.d_model, cfg.ff_dim, cfg.n_heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     out = _norm("attn_norm", d, cfg)
     for name, o, i in (("q", q, d), ("k", kv, d), ("v", kv, d), ("out", d, q)):
-        out |= _linear(f"attn.{name}", o, i, cfg)
+        out |= _linear(f"attn.{name}", o, i, cfg.bias if name == "out" else cfg.has_qkv_bias)
     if cfg.qk_norm:
         out |= _norm("attn.q_norm", cfg.head_dim, cfg) | _norm("attn.k_norm", cfg.head_dim, cfg)
     out |= _norm("mlp_norm", d, cfg)
     for name in ("gate", "up") if cfg.mlp == "swiglu" else ("up",):
-        out |= _linear(f"mlp.{name}", f, d, cfg)
-    return out | _linear("mlp.down", d, f, cfg)
+        out |= _linear(f"mlp.{name}", f, d, cfg.bias)
+    return out | _linear("mlp.down", d, f, cfg.bias)
 
 
 def _norm(name: str, n: int, cfg: ModelConfig) -> dict[str, Shape]:
     weight: dict[str, Shape] = {f"{name}.weight": (n,)} if cfg.norm_affine else {}
-    bias: dict[str, Shape] = {f"{name}.bias": (n,)} if cfg.norm_affine and cfg.bias and cfg.norm == "layernorm" else {}
+    biased = cfg.norm_affine and cfg.has_norm_bias and cfg.norm == "layernorm"
+    bias: dict[str, Shape] = {f"{name}.bias": (n,)} if biased else {}
     return weight | bias
 
 
-def _linear(name: str, n_out: int, n_in: int, cfg: ModelConfig) -> dict[str, Shape]:
-    return {f"{name}.weight": (n_out, n_in)} | ({f"{name}.bias": (n_out,)} if cfg.bias else {})
+def _linear(name: str, n_out: int, n_in: int, bias: bool) -> dict[str, Shape]:
+    return {f"{name}.weight": (n_out, n_in)} | ({f"{name}.bias": (n_out,)} if bias else {})
 
 
 def init_params(

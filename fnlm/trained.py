@@ -1,4 +1,6 @@
-"""A trained model ready for use: found below a folder, loaded with its tokenizer from a checkpoint or a run."""
+"""A trained model ready for use: found below a folder, loaded with its tokenizer from a checkpoint, a run, or a file or
+folder that other software wrote.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fnlm import checkpoint, tokenizers
+from fnlm import checkpoint, interop, tokenizers
 from fnlm.checkpoint import CheckpointError
 from fnlm.config import ModelConfig, did_you_mean
 from fnlm.tokenizers import Tokenizer
@@ -50,14 +52,17 @@ def load(
     which: Which = "best",
     average: bool = True,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["saved"] | None = None,
 ) -> Trained:
     """The model of a checkpoint, or of a run: its best checkpoint where one is marked, else the newest good one.
 
-    `average`: the moving average of the parameters, where the run kept one (`ema`). Raises CheckpointError where there
-    is no model, or no tokenizer beside it, in one line that says what to do.
+    Also of what other software wrote, as `fnlm.interop` reads it, and by name from Hugging Face's hub. `average`: the
+    moving average of the parameters, where the run kept one (`ema`). `dtype` None: float32 of what was saved shorter.
+    Raises CheckpointError where there is no model, or no tokenizer beside it, in one line that says what to do.
     """
     at = locate(path, which)
+    if interop.is_foreign(at):
+        return _foreign(at, device, dtype)
     cfg, params, extra = checkpoint.load_params(at, average=average)
     about, config = checkpoint.describe(at), json.loads((at / "config.json").read_text(encoding="utf-8"))
     if not (at / "tokenizer.json").is_file():
@@ -67,13 +72,30 @@ def load(
         raise CheckpointError(
             f"{at}: its tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={cfg.vocab_size}"
         )
-    moved = {k: v.to(device=device, dtype=dtype) for k, v in params.items()}
-    return Trained(cfg, moved, tokenizer, at, about["step"], extra, config)
+    return Trained(cfg, _moved(params, device, dtype), tokenizer, at, about["step"], extra, config)
+
+
+def _foreign(at: Path, device: str | torch.device, dtype: torch.dtype | Literal["saved"] | None) -> Trained:
+    model = interop.read(at)
+    tokenizer = interop.read_tokenizer(model)
+    params = _moved(model.load(), device, dtype)
+    return Trained(model.cfg, params, tokenizer, at, 0, {}, interop.described(model, tokenizer))
+
+
+def _moved(params: Params, device: str | torch.device, dtype: torch.dtype | Literal["saved"] | None) -> Params:
+    def wanted(p: torch.Tensor) -> torch.dtype:
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        return torch.float32 if dtype is None and p.dtype in (torch.float16, torch.bfloat16) else p.dtype
+
+    return {k: v.to(device=device, dtype=wanted(v)) for k, v in params.items()}
 
 
 def locate(path: str | Path, which: Which = "best") -> Path:
-    """The checkpoint that a path stands for: itself, or a run's. Raises CheckpointError, with the nearest name."""
+    """What a path stands for: a checkpoint, a run's, or another tool's model. CheckpointError with the nearest name."""
     path = Path(path)
+    if (elsewhere := interop.find(path)) is not None:
+        return elsewhere
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, siblings) if siblings else ""
@@ -90,16 +112,26 @@ def locate(path: str | Path, which: Which = "best") -> Path:
 
 
 def find(folder: str | Path) -> list[Found]:
-    """Every model at or below a folder: runs by their name, checkpoints that lie in no run by theirs; sorted."""
+    """Every model at or below a folder: runs by their name, others (in no run, other software's) by theirs.
+
+    A path that is one file, or a name on the hub, is one model. Sorted.
+    """
     root = Path(folder)
+    if not root.is_dir() and (elsewhere := interop.find(root)) is not None:
+        return [Found(root.as_posix() if elsewhere != root else root.name, elsewhere)]
     return sorted(_below(root, root))
 
 
 def _below(folder: Path, root: Path) -> Iterator[Found]:
     if not folder.is_dir():
+        if interop.is_foreign(folder):
+            yield Found(_name(folder, root), folder)
         return
     inner = folder / "checkpoints"
-    if (inner.is_dir() and checkpoint.is_any(inner)) or checkpoint.is_any(folder) or (folder / "COMMITTED").is_file():
+    ours = (
+        (inner.is_dir() and checkpoint.is_any(inner)) or checkpoint.is_any(folder) or (folder / "COMMITTED").is_file()
+    )
+    if ours or interop.is_foreign(folder):
         yield Found(_name(folder, root), folder)
     else:
         for child in folder.iterdir():

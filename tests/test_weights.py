@@ -1,9 +1,8 @@
-"""Real weights: two trained models of other people, loaded by hand, give their authors' logits."""
+"""Real weights: two trained models of other people give their authors' logits."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,70 +12,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fnlm
+from fnlm import interop
 from fnlm.params import shapes
 
 
-def described(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
-
-
-def gpt2(folder: Path) -> tuple[fnlm.ModelConfig, fnlm.Params]:
-    """GPT-2 stores linear weights (in, out), and q, k and v as one."""
-    c, theirs = described(folder), load_file(folder / "model.safetensors")
-    cfg = fnlm.ModelConfig(
-        vocab_size=c["vocab_size"], n_layers=c["n_layer"], n_heads=c["n_head"], d_model=c["n_embd"], bias=True,
-        seq_len=c["n_positions"], norm_eps=c["layer_norm_epsilon"], tied=c["tie_word_embeddings"], mlp="gelu-tanh",
-    )  # fmt: skip
-    ours = {
-        "embed.tokens.weight": theirs["transformer.wte.weight"],
-        "embed.positions.weight": theirs["transformer.wpe.weight"],
-        "head.weight": theirs["lm_head.weight"],
-    }
-    ours |= {f"norm.{x}": theirs[f"transformer.ln_f.{x}"] for x in ("weight", "bias")}
-    parts = {
-        "attn_norm": "ln_1",
-        "mlp_norm": "ln_2",
-        "attn.out": "attn.c_proj",
-        "mlp.up": "mlp.c_fc",
-        "mlp.down": "mlp.c_proj",
-    }
-    for i, kind in itertools.product(range(cfg.n_layers), ("weight", "bias")):
-        block = f"transformer.h.{i}"
-        for our, their in parts.items():
-            value = theirs[f"{block}.{their}.{kind}"]
-            ours[f"blocks.{i}.{our}.{kind}"] = value.T if value.ndim == 2 else value
-        for name, value in zip("qkv", theirs[f"{block}.attn.c_attn.{kind}"].chunk(3, -1), strict=True):
-            ours[f"blocks.{i}.attn.{name}.{kind}"] = value.T if value.ndim == 2 else value
-    return cfg, {name: ours[name].contiguous() for name in shapes(cfg)}
-
-
-def llama(folder: Path) -> tuple[fnlm.ModelConfig, fnlm.Params]:
-    c, theirs = described(folder), load_file(folder / "model.safetensors")
-    cfg = fnlm.ModelConfig(
-        vocab_size=c["vocab_size"], n_layers=c["num_hidden_layers"], n_heads=c["num_attention_heads"],
-        n_kv_heads=c["num_key_value_heads"], d_model=c["hidden_size"], d_ff=c["intermediate_size"], norm="rmsnorm",
-        norm_eps=c["rms_norm_eps"], seq_len=c["max_position_embeddings"], positions="rope", mlp="swiglu",
-        rope_theta=c["rope_parameters"]["rope_theta"], tied=c["tie_word_embeddings"],
-    )  # fmt: skip
-    ours = {"embed.tokens.weight": theirs["model.embed_tokens.weight"], "norm.weight": theirs["model.norm.weight"]}
-    parts = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    parts |= {f"attn.{x}": f"self_attn.{x}_proj" for x in "qkv"} | {"attn.out": "self_attn.o_proj"}
-    parts |= {f"mlp.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
-    for i, (our, their) in itertools.product(range(cfg.n_layers), parts.items()):
-        ours[f"blocks.{i}.{our}.weight"] = theirs[f"model.layers.{i}.{their}.weight"]
-    return cfg, {name: ours[name] for name in shapes(cfg)}
+def model(folder: Path) -> tuple[fnlm.ModelConfig, fnlm.Params]:
+    found = interop.read(folder)
+    return found.cfg, found.load()
 
 
 @pytest.fixture(scope="module")
 def sorter(test_data: Path) -> tuple[Path, fnlm.ModelConfig, fnlm.Params]:
     folder = test_data / "weights" / "mingpt-nano-sort"
-    return folder, *gpt2(folder)
+    return folder, *model(folder)
 
 
 @pytest.fixture(scope="module")
 def teller(test_data: Path) -> tuple[Path, fnlm.ModelConfig, fnlm.Params]:
     folder = test_data / "weights" / "stories260K"
-    return folder, *llama(folder)
+    return folder, *model(folder)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "plain", "sdpa"])

@@ -11,16 +11,21 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from fnlm import checkpoint, trained
+import torch
+
+from fnlm import checkpoint, environment, interop, params, tokenizers, trained
 from fnlm.checkpoint import layout
 from fnlm.config import ModelConfig
 from fnlm.decode import Prepared, prepare
+from fnlm.machine import has_fast_bf16
 from fnlm.tokenizers import Tokenizer
 
 Stamp = tuple[tuple[str, int], ...]
+Precision = Literal["auto", "fp32", "bf16"]
 FRESH = 1.0  # seconds for which a search through the folders is believed
+LARGE = 30_000_000  # parameters, from which reading them is what takes the time, and half as many bytes pay
 _log = logging.getLogger(__name__)
 
 
@@ -28,12 +33,24 @@ class About(NamedTuple):
     """What there is to say of a model before it is loaded; `loss` in nats a token, of validation where there is one."""
 
     name: str
-    chat: bool
+    kind: Literal["chat", "text"]
     parameters: int
     step: int
     loss: float | None
     context: int
     saved: int
+
+    @property
+    def chat(self) -> bool:
+        """Whether it was trained on conversations."""
+        return self.kind == "chat"
+
+
+class Reader(NamedTuple):
+    """What reads a prompt for a model, without the model."""
+
+    tokenizer: Tokenizer
+    context: int
 
 
 class Loaded(NamedTuple):
@@ -44,16 +61,32 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     step: int
 
+    @property
+    def size(self) -> int:
+        """Bytes of its parameters."""
+        parts = [self.weights.root, *self.weights.blocks]
+        return sum(p.numel() * p.element_size() for part in parts for p in part.values())
+
 
 class Models:
-    """Models by name. `get` is for the one thread that owns them; the rest may be called from any.
+    """Models by name, for any thread; `get` may take long.
 
-    At most `keep` stay loaded; beyond that the one used longest ago is let go.
+    Those loaded have at most `memory` bytes together (half of what is free at the start), else the one used longest
+    ago is let go. `precision` "auto": bfloat16 on a GPU or a CPU that multiplies it quickly, for large models.
     """
 
-    def __init__(self, folders: Sequence[str | Path], keep: int = 3, device: str = "cpu"):
+    def __init__(
+        self,
+        folders: Sequence[str | Path],
+        memory: int | None = None,
+        device: str = "cpu",
+        precision: Precision = "auto",
+    ):
         self.folders = [Path(folder) for folder in folders]
-        self.keep, self.device = keep, device
+        self.device, self.precision = device, precision
+        self.memory = environment.memory_available(device) // 2 if memory is None else memory
+        self._loading = threading.Lock()
+        self._readers: dict[str, tuple[Stamp, Reader]] = {}
         self._lock = threading.Lock()
         self._found: tuple[float, dict[str, Path]] = (-math.inf, {})
         self._about: dict[Path, tuple[Stamp, About]] = {}
@@ -75,26 +108,56 @@ class Models:
 
     def get(self, name: str) -> Loaded:
         """The model, as the run's best (else newest) checkpoint has it now. KeyError for an unknown name."""
-        path = self.paths()[name]
-        now = stamp(path)
-        kept = self._loaded.get(name)
-        if kept is None or kept[0] != now:
-            self._loaded[name] = (now, self._load(name, path, kept))
-        self._loaded.move_to_end(name)
-        while len(self._loaded) > self.keep:
-            self._loaded.popitem(last=False)
-        return self._loaded[name][1]
+        with self._loading:
+            kept = self.ready(name)
+            if kept is not None:
+                return kept
+            path = self.paths()[name]
+            now = stamp(path)
+            model = self._load(name, path)
+            with self._lock:
+                self._loaded[name] = (now, model)
+                self._loaded.move_to_end(name)
+                while len(self._loaded) > 1 and sum(m.size for _, m in self._loaded.values()) > self.memory:
+                    _log.info("let go of %s", self._loaded.popitem(last=False)[0])
+        return model
 
-    def _load(self, name: str, path: Path, kept: tuple[Stamp, Loaded] | None) -> Loaded:
+    def ready(self, name: str) -> Loaded | None:
+        """The model, if it is loaded and nothing newer was committed. KeyError for an unknown name."""
+        path = self.paths()[name]
+        with self._lock:
+            kept = self._loaded.get(name)
+            if kept is None or kept[0] != stamp(path):
+                return None
+            self._loaded.move_to_end(name)
+            return kept[1]
+
+    def holds(self, model: Loaded) -> bool:
+        """Whether this is what new requests get."""
+        with self._lock:
+            return any(kept is model for _, kept in self._loaded.values())
+
+    def reader(self, name: str) -> Reader:
+        """The tokenizer and the context of a model that need not be loaded. KeyError for an unknown name."""
+        path = self.paths()[name]
+        now, kept = stamp(path), self._readers.get(name)
+        if kept is None or kept[0] != now:
+            kept = self._readers[name] = (now, read(path))
+        return kept[1]
+
+    def _load(self, name: str, path: Path) -> Loaded:
         try:
             model = trained.load(path, device=self.device)
         except (ValueError, OSError) as error:
+            with self._lock:
+                kept = self._loaded.get(name)
             if kept is None:
                 raise
             _log.warning("%s: the newer checkpoint cannot be read, the one in memory is kept: %s", name, error)
             return kept[1]
-        _log.info("loaded %s, step %d", name, model.step)
-        return Loaded(model.cfg, prepare(model.params, model.cfg), model.tokenizer, model.step)
+        dtype = dtype_of(self.precision, self.device, params.count(model.cfg))
+        _log.info("loaded %s, step %d, %s", name, model.step, str(dtype).removeprefix("torch."))
+        return Loaded(model.cfg, prepare(model.params, model.cfg, dtype), model.tokenizer, model.step)
 
     def _describe(self, name: str, path: Path) -> About | None:
         try:
@@ -106,6 +169,24 @@ class Models:
             _log.warning("%s is left out: %s", name, error)
             return None
         return kept[1]
+
+
+def dtype_of(precision: Precision, device: str, parameters: int) -> torch.dtype:
+    """The type of the parameters that serves."""
+    if precision == "auto":
+        wide = device == "cpu" and parameters < LARGE
+        return torch.float32 if wide or not has_fast_bf16(device) else torch.bfloat16
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def read(path: Path) -> Reader:
+    """A model's tokenizer and context. Raises CheckpointError where they cannot be read."""
+    if interop.is_foreign(path):
+        model = interop.read(path)
+        return Reader(interop.read_tokenizer(model), model.cfg.seq_len)
+    at = trained.locate(path)
+    config = json.loads((at / layout.CONFIG).read_text(encoding="utf-8"))
+    return Reader(tokenizers.load(at), int(config["model"]["seq_len"]))
 
 
 def search(folders: Sequence[Path]) -> dict[str, Path]:
@@ -131,6 +212,8 @@ def plain(name: str) -> str:
 def stamp(path: Path) -> Stamp:
     """What changes whenever a checkpoint of the run is committed, marked or taken away; costs no reading."""
     folder = checkpoints_of(path)
+    if interop.is_foreign(path):
+        return ((str(path), path.stat().st_mtime_ns),)
     files = [path / layout.COMMITTED, folder / layout.BEST, *folder.glob(f"*/{layout.COMMITTED}")]
     return tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files if f.is_file()))
 
@@ -150,6 +233,8 @@ def current(path: Path) -> Path:
 
 def describe(name: str, path: Path) -> About:
     """A model's size, step and loss from its checkpoint's small files. Raises CheckpointError for a damaged one."""
+    if interop.is_foreign(path):
+        return _foreign(name, path)
     at = current(path)
     tree, config = checkpoint.describe(at), json.loads((at / layout.CONFIG).read_text(encoding="utf-8"))
     sizes = [math.prod(t["shape"]) for k, t in tree["tensors"].items() if k.startswith("params/")]
@@ -157,4 +242,11 @@ def describe(name: str, path: Path) -> About:
     loss = next((extra[k] for k in ("val_loss", "loss") if isinstance(extra.get(k), (int, float))), None)
     saved = int((at / layout.COMMITTED).stat().st_mtime)
     context = config["model"]["seq_len"]
-    return About(name, config.get("kind") == "chat", sum(sizes), tree["step"], loss, context, saved)
+    return About(name, "chat" if config.get("kind") == "chat" else "text", sum(sizes), tree["step"], loss, context, saved)
+
+
+def _foreign(name: str, path: Path) -> About:
+    """The same of a model that other software wrote. Raises CheckpointError for one that cannot be read."""
+    model = interop.read(path)
+    chat = interop.speaks_chatml(model, interop.read_tokenizer(model))
+    return About(name, "chat" if chat else "text", params.count(model.cfg), 0, None, model.cfg.seq_len, int(path.stat().st_mtime))

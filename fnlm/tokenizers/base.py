@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_SPECIAL = (END_OF_TEXT, IM_START, IM_END)
 """The special tokens of ChatML, and the one that ends a document."""
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+"""What tokenizers call the end of a document."""
 FILE = "tokenizer.json"
 
 
@@ -22,10 +24,12 @@ class Tokenizer(ABC):
     """Text to ids and back. `table[id]` is the bytes of an id; special tokens are never parsed out of a text.
 
     `kind` is char, byte, bpe, gpt2 or cl100k; `special` maps the text of each special token to its id; `sha256` is of
-    the file that `save` writes, and two tokenizers with the same one are the same.
+    the file that `save` writes, and two tokenizers with the same one are the same. `prefix` are the ids that begin
+    every text; `encode` leaves them out.
     """
 
     kind: str
+    prefix: tuple[int, ...] = ()
 
     def __init__(self, table: Sequence[bytes], special: dict[str, int]) -> None:
         self.table = tuple(table)
@@ -38,8 +42,8 @@ class Tokenizer(ABC):
 
     @property
     def eot_id(self) -> int | None:
-        """The id of `<|endoftext|>`, or None."""
-        return self.special.get(END_OF_TEXT)
+        """The id of `<|endoftext|>`, or of what stands in its place in other people's tokenizers; or None."""
+        return next((self.special[token] for token in ENDS if token in self.special), None)
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

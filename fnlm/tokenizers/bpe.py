@@ -1,4 +1,8 @@
-"""Byte-level byte pair encoding (Sennrich et al. 2016; Radford et al. 2019), by the `tokenizers` library."""
+"""Byte pair encoding (Sennrich et al. 2016; Radford et al. 2019), by the `tokenizers` library.
+
+Byte-level as GPT-2's; SentencePiece's as well (Kudo & Richardson 2018), where what is not in the vocabulary falls back
+on bytes: Llama 2's kind.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,18 @@ word grows with the square of its length."""
 
 
 class BPE(Tokenizer):
-    """A byte-level tokenizer.json, ours or another tool's. Any text can be encoded and comes back whole."""
+    """A tokenizer.json, ours or another tool's. Any text can be encoded and comes back whole.
+
+    SentencePiece's puts a space in front of a text, which comes back too.
+    """
 
     kind = "bpe"
 
     def __init__(self, text: str) -> None:
-        """`text` is that of the file. Raises ValueError for one that is not a byte-level tokenizer."""
-        super().__init__(*tables(json.loads(text)))
+        """`text` is that of the file. Raises ValueError for a tokenizer of another kind."""
+        spec = json.loads(text)
+        super().__init__(*tables(spec))
+        self.prefix = _prefix(spec.get("post_processor") or {})
         self._json = text
         self._library = Library.from_str(text)
         self._library.encode_special_tokens = True  # "<|endoftext|>" in a text is text
@@ -63,22 +72,42 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = CH
 
 
 def tables(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
-    """The bytes of every id of a byte-level tokenizer.json, and its special tokens; b"" for an id that nothing has.
+    """The bytes of every id of a tokenizer.json, and its special tokens; b"" for an id that nothing has.
 
     Raises ValueError for another kind of tokenizer.
     """
-    model = spec["model"]
-    if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(spec.get("decoder")):
-        raise ValueError("this tokenizer.json is not byte-level BPE; other kinds are not read")
+    model, decoder = spec["model"], json.dumps(spec.get("decoder"))
+    level, pieces = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder and model.get("byte_fallback")
+    if model.get("type", "BPE") != "BPE" or not (level or pieces):
+        raise ValueError(f"this tokenizer.json is {model.get('type')}, and not byte-level; other kinds are not read")
+    bytes_of = to_bytes if level else _piece
     added = {t["content"]: int(t["id"]) for t in spec.get("added_tokens", [])}
     vocabulary = model["vocab"]
     table = [b""] * (1 + max([*vocabulary.values(), *added.values()]))
     for token, i in vocabulary.items():
         if token not in added:
-            table[i] = to_bytes(token)
+            table[i] = bytes_of(token)
     for token, i in added.items():
         table[i] = token.encode("utf-8")
     return table, {t["content"]: int(t["id"]) for t in spec.get("added_tokens", []) if t.get("special", True)}
+
+
+def _piece(token: str) -> bytes:
+    """What a piece of SentencePiece's stands for: <0x0A> a byte, U+2581 a space."""
+    if len(token) == 6 and token.startswith("<0x"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode("utf-8")
+
+
+def _prefix(after: dict[str, Any]) -> tuple[int, ...]:
+    """The ids that a post-processor puts in front of a text."""
+    found: list[int] = []
+    for part in (after, *after.get("processors", ())):
+        for one in part.get("single", ()) if part.get("type") == "TemplateProcessing" else ():
+            if "SpecialToken" not in one:
+                break
+            found += part["special_tokens"][one["SpecialToken"]["id"]]["ids"]
+    return tuple(found)
 
 
 def with_special(spec: dict[str, Any], special: dict[str, int]) -> str:

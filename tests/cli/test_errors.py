@@ -52,6 +52,10 @@ MISTAKES = [
     ("train demo data/tale --config broken.toml", USAGE, r"broken\.toml.*"),
     ("train demo data/tale --config latin1.yaml", USAGE, r"latin1\.yaml.*"),
     ("train demo data/tale --config odd.yaml", USAGE, r"there is no setting 'train\.lrr'; did you mean 'lr'\?"),
+    # other people's models
+    ("import none", BAD, r"there is no none"),
+    ("import data/tale", BAD, r"data/tale has no config\.json.*"),
+    ("import empty.txt", BAD, r"empty\.txt is no model.*"),
     # what does not fit
     ("train demo data/tale batch_size=4000000", UNFIT, r".*memory.*|.*GiB.*"),
     # data

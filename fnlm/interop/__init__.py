@@ -1,0 +1,56 @@
+"""Models that other software wrote, and models for other software; docs/interop.md says which.
+
+>>> model = read("shared/gpt2")  # the config, the tokenizer's text; weights when asked for
+>>> params = model.load()
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fnlm.checkpoint.files import CheckpointError
+from fnlm.interop import hf, hub
+from fnlm.interop.foreign import Foreign, check_tokenizer, described, read_tokenizer, speaks_chatml
+from fnlm.interop.written import write
+
+FORMATS = ("hf",)
+
+
+def find(path: str | Path) -> Path | None:
+    """Where a model that `read` takes lies, fetched from the hub where the path is a name there; None for others."""
+    path = Path(path)
+    if not path.exists() and hub.is_name(path):
+        return hub.folder(path)
+    return path if is_foreign(path) else None
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether a path is a model that `read` takes without being told its format."""
+    path = Path(path)
+    return hf.is_folder(path)
+
+
+def read(path: str | Path, kind: str | None = None) -> Foreign:
+    """A model from elsewhere, its weights not yet read. CheckpointError, in a line, for what cannot be read."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}")
+    if kind in (None, "hf") and path.is_dir():
+        if not (path / hf.CONFIG).is_file():
+            raise CheckpointError(f"{path} has no config.json; name a folder as Hugging Face lays them out")
+        return hf.read(path)
+    raise CheckpointError(f"{path} is no model that is read; see docs/interop.md for those that are")
+
+
+__all__ = [
+    "FORMATS",
+    "Foreign",
+    "check_tokenizer",
+    "described",
+    "is_foreign",
+    "find",
+    "read",
+    "read_tokenizer",
+    "speaks_chatml",
+    "write",
+]
