@@ -84,7 +84,7 @@ def batches(
     start: int = 0,
     stop: int | None = None,
     rows: range | slice | None = None,
-    depth: int = 2,
+    depth: int = 16,
 ) -> Generator[Batch, None, None]:
     """`batch_at` of the steps from `start` on, made ahead in a thread; a tenth of its time, as orders are shared.
 
