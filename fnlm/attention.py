@@ -35,12 +35,13 @@ class Span(NamedTuple):
 class Places(NamedTuple):
     """What positions mean to every block, made once: RoPE's cos and signed sin (T, R) or None, and the spans.
 
-    `first_head` is the global number of the first query head computed here.
+    `first_head` and `start` are the global numbers of the first query head and of the first query computed here.
     """
 
     rotation: Rotation | None
     spans: tuple[Span, ...]
     first_head: int
+    start: int = 0
 
 
 def attention(
@@ -48,7 +49,7 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T scale + bias) v over earlier positions (Vaswani et al. 2017, 3.2).
 
-    q (B, T, H, K), k and v (B, T, H_kv, K) -> (B, T, H K); a key serves H / H_kv queries. `key` (B, 2) draws dropout.
+    q (B, T, H, K), k and v (B, S, H_kv, K) -> (B, T, H K); a key serves H / H_kv queries. `key` (B, 2) draws dropout.
     """
     if key is not None and cfg.dropout_attn:
         kernels = "plain"
@@ -79,16 +80,21 @@ def alibi_slopes(n_heads: int, device: torch.device) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float64, device=device)
 
 
-def spans_of(t: int, cfg: ModelConfig, like: Tensor, block: int | None, heads: slice) -> tuple[Span, ...]:
-    """T queries and keys, cut into blocks of queries (None: one), with biases of the dtype and device of `like`.
+def spans_of(
+    t: int, cfg: ModelConfig, like: Tensor, block: int | None, heads: slice, start: int = 0
+) -> tuple[Span, ...]:
+    """T queries and the keys before them, cut into blocks of queries (None: one); biases of `like`'s dtype and device.
 
-    `heads`: those of all query heads that are computed here.
+    `heads`: those of all query heads that are computed here. `start`: the position of the first query.
     """
     size = block or t
-    starts = [(i, min(i + size, t), max(0, i + 1 - cfg.window) if cfg.window else 0) for i in range(0, t, size)]
-    return tuple(
-        Span(slice(i, j), slice(k, j), _bias(range(i, j), range(k, j), cfg, like, heads)) for i, j, k in starts
-    )
+    found = []
+    for i in range(0, t, size):
+        queries = range(start + i, start + min(i + size, t))
+        keys = range(max(0, queries.start + 1 - cfg.window) if cfg.window else 0, queries.stop)
+        cols = slice(keys.start, keys.stop)
+        found.append(Span(slice(i, i + len(queries)), cols, _bias(queries, keys, cfg, like, heads)))
+    return tuple(found)
 
 
 def _bias(queries: range, keys: range, cfg: ModelConfig, like: Tensor, heads: slice) -> Tensor:
@@ -106,13 +112,14 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places, ke
     out = []
     for rows, cols, bias in places.spans:
         probs = (q[:, :, rows] * scale(cfg) @ k[:, :, cols].mT + bias).softmax(-1)
-        probs = dropout(probs, cfg.dropout_attn, key, (places.first_head, rows.start, cols.start))
+        probs = dropout(probs, cfg.dropout_attn, key, (places.first_head, places.start + rows.start, cols.start))
         out.append(probs @ v[:, :, cols])
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places) -> Tensor:
-    if cfg.window is None and cfg.positions != "alibi":
+    if cfg.window is None and cfg.positions != "alibi" and q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale(cfg))
     (span,) = places.spans
+    k, v = k[:, :, span.cols], v[:, :, span.cols]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=span.bias, scale=scale(cfg))

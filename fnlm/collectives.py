@@ -2,6 +2,7 @@
 
     pvary  : identity     <->  psum    : all-reduce       (Megatron's f and g; JAX's pvary and psum)
     gather : all-gather   <->  scatter : reduce-scatter
+    split  : own slice    <->            all-gather       (of what is equal on all ranks)
 
 Each is the identity where the axis is None, so a model written with them is also the single-device model.
 """
@@ -63,10 +64,21 @@ class Axis:
 
 
 class Axes(NamedTuple):
-    """The mesh axes a forward may be split over; None: nobody to talk to."""
+    """The mesh axes a forward may be split over; None: nobody to talk to.
+
+    `tensor` splits heads and columns, `context` positions. `sequence_parallel`: outside the tensor-parallel regions
+    each rank of `tensor` has some positions only (Korthikanti et al. 2022, 4.2.2).
+    """
 
     data: Axis | None = None
     tensor: Axis | None = None
+    context: Axis | None = None
+    sequence_parallel: bool = False
+
+    @property
+    def sequence(self) -> Axis | None:
+        """The axis that splits positions between tensor-parallel regions."""
+        return self.tensor if self.sequence_parallel else None
 
 
 LOCAL = Axes()
@@ -137,6 +149,19 @@ class _Scatter(torch.autograd.Function):
         return _all_gather(g, ctx.axis, ctx.dim), None, None
 
 
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        if x.shape[dim] % axis.size:
+            raise ValueError(f"dimension {dim} of size {x.shape[dim]} is not divisible by {axis.name}={axis.size}")
+        return x.chunk(axis.size, dim)[axis.index].clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _all_gather(g, ctx.axis, ctx.dim), None, None
+
+
 def _apply(fn: type[torch.autograd.Function], *args: Any) -> Tensor:
     out: Tensor = fn.apply(*args)
     return out
@@ -160,6 +185,21 @@ def gather(x: Tensor, axis: Axis | None, dim: int) -> Tensor:
 def scatter(x: Tensor, axis: Axis | None, dim: int) -> Tensor:
     """This rank's slice along `dim` of the sum over the axis; its gradient is `gather`."""
     return x if axis is None else _apply(_Scatter, x, axis, dim)
+
+
+def split(x: Tensor, axis: Axis | None, dim: int) -> Tensor:
+    """This rank's slice along `dim` of what is equal on all ranks; its gradient is every rank's, laid end to end."""
+    return x if axis is None else _apply(_Split, x, axis, dim)
+
+
+def enter(x: Tensor, axes: Axes) -> Tensor:
+    """Into a tensor-parallel region, (B, T, D): all positions, of a value equal on all ranks."""
+    return gather(x, axes.tensor, 1) if axes.sequence_parallel else pvary(x, axes.tensor)
+
+
+def leave(x: Tensor, axes: Axes) -> Tensor:
+    """Out of a tensor-parallel region, (B, T, D): the sum over its ranks, of all positions or of this rank's."""
+    return scatter(x, axes.tensor, 1) if axes.sequence_parallel else psum(x, axes.tensor)
 
 
 def pmax(x: Tensor, axis: Axis | None) -> Tensor:

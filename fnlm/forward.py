@@ -4,7 +4,9 @@
 
 A block is a plain function of its own dict. `use(group, params)` stands just before a group computes ("root", then
 "blocks.0", ...): the identity on one device; under a strategy, how parameters at rest become parameters in use.
-`pvary` before a column-split product and `psum` after a row-split one are all there is to tensor parallelism.
+`pvary` before a column-split product and `psum` after a row-split one are all there is to tensor parallelism; `enter`
+and `leave` are these two, or their forms on split positions. With a split context, T is this rank's part of the text,
+and keys and values of all of it are gathered in each block.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fnlm import random
 from fnlm.attention import BLOCK, Places, attention, spans_of
-from fnlm.collectives import LOCAL, Axes, Axis, psum, pvary
+from fnlm.collectives import LOCAL, Axes, Axis, enter, gather, leave, psum, pvary, split
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
 from fnlm.dropout import dropout
@@ -66,15 +68,15 @@ def hidden(
     compute: Compute = Compute(),
 ) -> tuple[Tensor, Params]:
     """The last normed activations (B, T, D), and the root group in use, which holds the head."""
-    if tokens.shape[-1] > cfg.seq_len:
-        raise ValueError(
-            f"{tokens.shape[-1]} tokens are more than seq_len={cfg.seq_len}; cut the input, or raise seq_len"
-        )
+    length = tokens.shape[-1] * (axes.context.size if axes.context else 1)
+    if length > cfg.seq_len:
+        raise ValueError(f"{length} tokens are more than seq_len={cfg.seq_len}; cut the input, or raise seq_len")
     groups = split_groups(params, cfg)
     keys = _site_keys(key, tokens.shape[0], cfg)
     root = use("root", groups["root"])
-    x = embed(root, tokens, cfg, keys and keys[:2], axes)
+    x = embed(root, tokens, cfg, keys and keys[:2], axes, *_front(tokens, cfg, axes))
     places = places_of(tokens.shape[1], cfg, x, compute, axes)
+    x = split(x, axes.sequence, 1)
     run = compiled(_block) if compute.compile == "block" else _block
     for i in range(cfg.n_layers):
         name, mine = f"blocks.{i}", keys and keys[2 + 3 * i : 5 + 3 * i]
@@ -87,7 +89,7 @@ def hidden(
             if compute.remat == "block"
             else layer(x)
         )
-    return pvary(norm(root, "norm", x, cfg), axes.tensor), root
+    return enter(norm(root, "norm", x, cfg, axes.sequence), axes), root
 
 
 def _block(
@@ -97,10 +99,12 @@ def _block(
     if compute.kernels == "auto" and _by_hand(x, cfg, keys, axes):
         return mlp_sublayer(p, attention_sublayer(p, x, cfg, places), cfg)
     att, res1, res2 = keys or (None, None, None)
-    a = _attend(p, norm(p, "attn_norm", x, cfg), cfg, places, att, axes, compute)
-    a = dropout(a, cfg.dropout_residual, res1)
+    first = (places.start + (axes.sequence.index * x.shape[1] if axes.sequence else 0), 0)
+    a = _attend(p, norm(p, "attn_norm", x, cfg, axes.sequence), cfg, places, att, axes, compute)
+    a = dropout(a, cfg.dropout_residual, res1, first)
     y = x if cfg.parallel_residual else x + a
-    m = dropout(mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes, compute.kernels), cfg.dropout_residual, res2)
+    m = mlp(p, norm(p, "mlp_norm", y, cfg, axes.sequence), cfg, axes, compute.kernels)
+    m = dropout(m, cfg.dropout_residual, res2, first)
     return x + a + m if cfg.parallel_residual else y + m
 
 
@@ -108,7 +112,7 @@ def _by_hand(x: Tensor, cfg: ModelConfig, keys: list[Tensor] | None, axes: Axes)
     """Whether the sublayers with hand-written gradients compute what is asked for, in less memory."""
     long = x.device.type == "cpu" and x.shape[1] > BLOCK
     dropped = keys is not None and (cfg.dropout_attn or cfg.dropout_residual)
-    return long and not (dropped or cfg.parallel_residual or axes.tensor or needs_plain())
+    return long and not (dropped or cfg.parallel_residual or axes.tensor or axes.context or needs_plain())
 
 
 def _attend(
@@ -119,15 +123,16 @@ def _attend(
     # One product for q, k and v: three narrow ones read the input three times.
     weight = torch.cat([p["attn.q.weight"], p["attn.k.weight"], p["attn.v.weight"]])
     bias = torch.cat([p["attn.q.bias"], p["attn.k.bias"], p["attn.v.bias"]]) if cfg.has_qkv_bias else None
-    qkv = rearrange(F.linear(pvary(x, axes.tensor), weight, bias), "B T (A K) -> B T A K", K=cfg.head_dim)
+    qkv = rearrange(F.linear(enter(x, axes), weight, bias), "B T (A K) -> B T A K", K=cfg.head_dim)
     if cfg.qk_norm or places.rotation is not None:
         qk, v = qkv.split([n_q + n_kv, n_kv], 2)
         q, k = turn(p, qk, n_q, cfg, places, axes, compute).split([n_q, n_kv], 2)
     else:
         q, k, v = qkv.split([n_q, n_kv, n_kv], 2)
+    k, v = gather(k, axes.context, 1), gather(v, axes.context, 1)
     y = attention(q, k, v, cfg, places, compute.kernels, key)
-    out = psum(F.linear(y, p["attn.out.weight"]), axes.tensor)
-    return out + p["attn.out.bias"] if cfg.bias else out
+    out = leave(F.linear(y, p["attn.out.weight"]), axes)
+    return out + pvary(p["attn.out.bias"], axes.sequence) if cfg.bias else out
 
 
 def turn(p: Params, qk: Tensor, n_q: int, cfg: ModelConfig, places: Places, axes: Axes, compute: Compute) -> Tensor:
@@ -162,26 +167,58 @@ def embed(
     axes: Axes,
     before: Tensor | None = None,
     at: Tensor | None = None,
+    start: int = 0,
 ) -> Tensor:
     """Token, n-gram and learned position embeddings, added: (B, T) -> (B, T, D).
 
-    In the midst of a text: `before` (B, N) are the tokens in front, V where there is none, `at` (B, T) the positions.
+    With `token_shift`, what is one position back is added to each before positions are ("token shift", Peng et al.
+    2023): a position then knows what it follows, and one layer of attention can copy what followed the same before.
+
+    In the midst of a text: `before` (B, N) are the tokens in front, V where there is none, `at` (B, T) the positions,
+    or `start` the first of them.
     """
     seen = tokens if before is None else torch.cat([before, tokens], 1)
-    x = _rows(root["embed.tokens.weight"], tokens, cfg.vocab_size, axes)
-    for j, (order, rows) in enumerate(cfg.ngrams):
-        ids = ngram_ids(seen, order, rows, cfg.vocab_size)[..., seen.shape[-1] - tokens.shape[-1] :]
-        e = F.embedding(ids, root[f"embed.ngram{order}.weight"])
-        if keys and order > 2:
-            whole_rows = dropout(torch.ones_like(e[..., :1]), cfg.dropout_ngram, random.fold_in(keys[1], j))
-            e = e * whole_rows
-        x = x + e
+    more = int(cfg.token_shift > 0 and seen.shape[1] > tokens.shape[1])  # one that is only shifted
+    x = _words(root, seen, tokens.shape[1] + more, cfg, keys, axes, start - more)
+    if cfg.token_shift:
+        back = x[:, :-1] if more else F.pad(x[:, :-1], (0, 0, 1, 0))
+        x = x[:, more:] + cfg.token_shift * back
     if cfg.positions == "learned":
         table = root["embed.positions.weight"]
-        x = x + (table[: tokens.shape[1]] if at is None else table[at])
+        x = x + (table[start : start + tokens.shape[1]] if at is None else table[at])
     if cfg.embed_norm:
         x = norm(root, "embed_norm", x, cfg)
-    return dropout(x, cfg.dropout_embed, keys[0] if keys else None)
+    return dropout(x, cfg.dropout_embed, keys[0] if keys else None, (start, 0))
+
+
+def _words(
+    root: Params, seen: Tensor, n: int, cfg: ModelConfig, keys: list[Tensor] | None, axes: Axes, start: int
+) -> Tensor:
+    """Token and n-gram embeddings of the last `n` tokens seen, of which the first is at position `start`; 0 for V."""
+    mine = seen[:, seen.shape[1] - n :]
+    there = mine < cfg.vocab_size if seen.shape[1] > n or start < 0 else None  # V stands before a text
+    x = _rows(root["embed.tokens.weight"], mine if there is None else mine.where(there, 0), cfg.vocab_size, axes)
+    for j, (order, rows) in enumerate(cfg.ngrams):
+        e = F.embedding(ngram_ids(seen, order, rows, cfg.vocab_size)[:, -n:], root[f"embed.ngram{order}.weight"])
+        if keys and order > 2:
+            kept = dropout(torch.ones_like(e[..., :1]), cfg.dropout_ngram, random.fold_in(keys[1], j), (start, 0))
+            e = e * kept
+        x = x + e
+    return x if there is None else x * there[..., None]
+
+
+def reach(cfg: ModelConfig) -> int:
+    """How many tokens in front of a part of a text its embedding looks at."""
+    return max((order - 1 for order, _ in cfg.ngrams), default=0) + (cfg.token_shift > 0)
+
+
+def _front(tokens: Tensor, cfg: ModelConfig, axes: Axes) -> tuple[Tensor | None, None, int]:
+    """For `embed` on a split context: the tokens in front, as far as n-grams look, and the first position."""
+    if axes.context is None:
+        return None, None, 0
+    start, far = axes.context.index * tokens.shape[1], reach(cfg)
+    before = gather(tokens, axes.context, 1)[:, max(0, start - far) : start] if far else None
+    return before, None, start
 
 
 def _rows(weight: Tensor, tokens: Tensor, vocab_size: int, axes: Axes) -> Tensor:
@@ -216,12 +253,20 @@ def ngram_ids(tokens: Tensor, order: int, rows: int, vocab_size: int) -> Tensor:
 def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Axes = LOCAL) -> Places:
     """The position tables for T positions, made once for all blocks."""
     rope = cfg.positions == "rope"
-    rotation = rope_table(torch.arange(t, device=like.device), cfg, like.dtype) if rope else None
+    start = axes.context.index * t if axes.context else 0
+    at = torch.arange(start, start + t, device=like.device)
+    rotation = rope_table(at, cfg, like.dtype) if rope else None
     blocked = compute.kernels != "sdpa" and not like.is_cuda
-    size = -(-cfg.n_heads // axes.tensor.size) if axes.tensor else cfg.n_heads
-    first_head = axes.tensor.index * size if axes.tensor else 0
-    spans = spans_of(t, cfg, like, BLOCK if blocked else None, slice(first_head, first_head + size))
-    return Places(rotation, spans, first_head)
+    heads = heads_of(cfg, axes)
+    spans = spans_of(t, cfg, like, BLOCK if blocked else None, heads, start)
+    return Places(rotation, spans, heads.start, start)
+
+
+def heads_of(cfg: ModelConfig, axes: Axes) -> slice:
+    """The query heads computed here: those of ceil(H_kv / ranks) key heads, the last ranks may have fewer."""
+    served, ranks = cfg.n_heads // cfg.kv_heads, axes.tensor.size if axes.tensor else 1
+    size, index = -(-cfg.kv_heads // ranks) * served, axes.tensor.index if axes.tensor else 0
+    return slice(min(index * size, cfg.n_heads), min((index + 1) * size, cfg.n_heads))
 
 
 def rope_table(at: Tensor, cfg: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fnlm.collectives import Axes, psum, pvary
+from fnlm.collectives import Axes, enter, leave, pvary
 from fnlm.config import Kernels, Mlp, ModelConfig
 from fnlm.kernels import needs_plain, squared_relu
 from fnlm.types import Params
@@ -13,14 +13,12 @@ from fnlm.types import Params
 
 def mlp(p: Params, x: Tensor, cfg: ModelConfig, axes: Axes, kernels: Kernels) -> Tensor:
     """down(activate(up x)), or down(silu(gate x) * up x) for SwiGLU (Shazeer 2020, eq. 5): (B, T, D) -> (B, T, D)."""
-    x = pvary(x, axes.tensor)
+    x = enter(x, axes)
     names = ("gate", "up") if cfg.mlp == "swiglu" else ("up",)
     inner = [F.linear(x, p[f"mlp.{name}.weight"], p.get(f"mlp.{name}.bias")) for name in names]
-    out = psum(
-        F.linear(activate(cfg.mlp, *inner, by_hand=kernels == "auto" and not needs_plain()), p["mlp.down.weight"]),
-        axes.tensor,
-    )
-    return out + p["mlp.down.bias"] if cfg.bias else out
+    h = activate(cfg.mlp, *inner, by_hand=kernels == "auto" and not needs_plain())
+    out = leave(F.linear(h, p["mlp.down.weight"]), axes)
+    return out + pvary(p["mlp.down.bias"], axes.sequence) if cfg.bias else out
 
 
 def activate(kind: Mlp, h: Tensor, up: Tensor | None = None, *, by_hand: bool) -> Tensor:

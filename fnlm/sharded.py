@@ -75,7 +75,9 @@ def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
 def axes_of(layout: Layout) -> Axes:
     """The axes that the forward of a model speaks along."""
     mesh = layout.mesh
-    return Axes(data=mesh.axis("data"), tensor=mesh.axis("tensor"))
+    tensor = mesh.axis("tensor")
+    sequence = layout.strategy.sequence_parallel and tensor is not None
+    return Axes(mesh.axis("data"), tensor, mesh.axis("context"), sequence)
 
 
 def sharded_params(cfg: ModelConfig, layout: Layout, key: Key) -> Params:
