@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": "Measure a model's loss on prepared data.",
     "bench": "Time the library beside others.",
     "inspect": "Show a model's parameters, FLOPs and memory.",
+    "export": "Write a model in the files of other software.",
     "import": "Make a run of a model that other software wrote.",
     "report": "Show runs as one HTML page.",
     "doctor": "Check what this machine and installation can do.",

@@ -128,10 +128,8 @@ def _below(folder: Path, root: Path) -> Iterator[Found]:
             yield Found(_name(folder, root), folder)
         return
     inner = folder / "checkpoints"
-    ours = (
-        (inner.is_dir() and checkpoint.is_any(inner)) or checkpoint.is_any(folder) or (folder / "COMMITTED").is_file()
-    )
-    if ours or interop.is_foreign(folder):
+    ours = (inner.is_dir() and checkpoint.is_any(inner)) or checkpoint.is_any(folder)
+    if ours or (folder / "COMMITTED").is_file() or interop.is_foreign(folder):
         yield Found(_name(folder, root), folder)
     else:
         for child in folder.iterdir():

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from fnlm.checkpoint.files import CheckpointError
 from fnlm.interop import hf, hub
+from fnlm.interop.export import Model, to_hf
 from fnlm.interop.foreign import Foreign, check_tokenizer, described, read_tokenizer, speaks_chatml
 from fnlm.interop.written import write
 
 FORMATS = ("hf",)
+TARGETS = ("hf",)
 
 
 def find(path: str | Path) -> Path | None:
@@ -44,13 +46,16 @@ def read(path: str | Path, kind: str | None = None) -> Foreign:
 
 __all__ = [
     "FORMATS",
+    "TARGETS",
     "Foreign",
+    "Model",
     "check_tokenizer",
     "described",
-    "is_foreign",
     "find",
+    "is_foreign",
     "read",
     "read_tokenizer",
     "speaks_chatml",
+    "to_hf",
     "write",
 ]

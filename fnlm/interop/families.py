@@ -228,6 +228,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "embed_norm": (False,),
     "logit_softcap": (None,),
     "ngrams": ((),),
+    "token_shift": (0.0,),
     "window": (None,),
     "qk_norm": (False,),
     "parallel_residual": (False,),

@@ -59,7 +59,8 @@ def written(folder: Path, family: Family, values: dict[str, Any], **config: Any)
     own = {"architectures": [family.architecture], "model_type": family.model_type, **family.described(cfg)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**own, **config}))
-    save_file({t.theirs: join(t, params, cfg).contiguous() for t in weights(cfg, family)}, folder / "model.safetensors")
+    tensors = {t.theirs: join(t, params, cfg).contiguous() for t in weights(cfg, family)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "tokenizer.json").write_text(BYTES)
     return cfg, params
 

@@ -1,0 +1,86 @@
+"""`fnlm export`: a model in the files of other software, with a proof that it is the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from cli.eval import checkpoint_of
+from fnlm import trained
+from fnlm.interop import TARGETS, Model, homes, parity, to_hf
+from fnlm.params import cast
+from fnlm.trained import Which
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--to", "target", type=click.Choice(TARGETS), default="hf", show_default=True, help="Whose files.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="[default: exports/NAME]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the weights. [default: as saved]")
+@click.option(
+    "--checkpoint", default="best", show_default=True, metavar="C", help="Of a run: best, newest, or a step's number."
+)
+@click.option("--no-ema", is_flag=True, help="Not the average of the parameters, where the run kept one.")
+@click.option("--no-parity", is_flag=True, help="Do not run both sides to compare them.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--json", "as_json", is_flag=True, help="What was written and compared, as JSON.")
+def command(
+    model: str,
+    target: str,
+    out: Path | None,
+    dtype: str | None,
+    checkpoint: str,
+    no_ema: bool,
+    no_parity: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write a model in the files of other software.
+
+    MODEL is a run, a checkpoint, or what `fnlm import` takes. hf is a folder that AutoModelForCausalLM and
+    AutoTokenizer read. Where transformers is installed both sides are run, and PARITY.json says how far they agree.
+    """
+    which: Which = "newest" if checkpoint == "newest" else "best"
+    found = trained.load(checkpoint_of(model, checkpoint), which, average=not no_ema, dtype="saved")
+    params = cast(found.params, DTYPES[dtype]) if dtype else found.params
+    leaving = Model(found.cfg, params, found.tokenizer, found.config)
+    folder = out or Path("exports") / Path(model).resolve().name
+    comparing = parity.is_possible() and not no_parity
+    said = to_hf(leaving, folder, force, parity.parity if comparing else None)
+    architecture = homes.home(found.cfg).architecture
+    report = {"path": str(folder), "to": target, "architecture": architecture, "parity": said}
+    click.echo(json.dumps(report, indent=2) if as_json else f"{folder}: {architecture}, {told(said)}")
+    if not comparing and not no_parity:
+        click.echo("transformers is not installed, so nothing was compared: pip install 'fnlm[hub]'", err=True)
+    if comparing and not said["passed"]:
+        raise click.ClickException(
+            f"{folder} is not the same model: {failed(said)}; {folder / 'PARITY.json'} says more"
+        )
+
+
+def told(said: dict[str, Any]) -> str:
+    """What a comparison found, in a few words."""
+    if not said["checked"]:
+        return "not compared"
+    return f"logits within {said['logits']['max_difference']:.1e} of transformers {said['transformers']}"
+
+
+def failed(said: dict[str, Any]) -> str:
+    """What differs."""
+    logits, tokenizer = said["logits"], said["tokenizer"]
+    parts = {
+        f"logits differ by {logits['max_difference']:.1e}, more than {logits['tolerance']:.1e}": logits[
+            "max_difference"
+        ]
+        <= logits["tolerance"],
+        "greedy tokens differ": said["greedy_equal"],
+        f"{tokenizer['differing']} of {tokenizer['texts']} texts have other ids": not tokenizer["differing"],
+        "chats are written differently": said["template_equal"],
+    }
+    return ", ".join(text for text, fine in parts.items() if not fine)
