@@ -2,10 +2,10 @@
 
     python benchmarks/save_stall.py [--preset ryan-12m] [--rows 4] [--every 250] [--rounds 8] [--threads 2] [--dir D]
 
-A round is a few steps in quiet, a save of the whole state (parameters, AdamW's moments), and steps until the thread has
-written it and two more. `stall_ms` is the median time in `save`; `extra_ms` the median of what the steps during the
-writing took beyond the round's quiet median; `share` is (stall + extra) / (`every` quiet steps), the cost of a save each
-`every` steps. The first save, which allocates the host's copy, is told apart. The last line is JSON.
+A round is a few steps in quiet, a save of the whole state (parameters, AdamW's moments), and steps until the thread
+has written it and two more. `stall_ms` is the median time in `save`; `extra_ms` the median of what the steps during the
+writing took beyond the round's quiet median; `share` is (stall + extra) / (`every` quiet steps), the cost of a save
+each `every` steps. The first save, which allocates the host's copy, is told apart. The last line is JSON.
 """
 
 from __future__ import annotations
