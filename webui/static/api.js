@@ -1,11 +1,12 @@
-// The server: lists of models, and replies as they are written.
+// The server: its models, replies as they are written, tokens and Markdown.
 
 import { recall, remember } from "./store.js";
 
 export class Refused extends Error {
-  constructor(status, message) {
+  constructor(status, message, param) {
     super(message);
     this.status = status;
+    this.param = param;
   }
 }
 
@@ -30,23 +31,41 @@ async function asked(path, options = {}) {
     throw new Refused(0, "The server does not answer. Is fnlm serve still running?");
   }
   if (response.ok) return response;
-  const body = await response.json().catch(() => null);
-  throw new Refused(response.status, body?.error?.message ?? `The server answered ${response.status}.`);
+  const { error } = (await response.json().catch(() => null)) ?? {};
+  throw new Refused(response.status, error?.message ?? `The server answered ${response.status}.`, error?.param);
 }
+
+const posted = (path, body, signal) =>
+  asked(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
 
 export async function models() {
   const body = await (await asked("v1/models")).json();
-  return body.data.map((m) => ({ name: m.id, ...m.fnlm }));
+  return body.data.map((m) => ({ ...m.fnlm, name: m.id, chat: m.fnlm.chat ?? m.fnlm.kind === "chat" }));
 }
 
-// Yields {text}, {start: {dropped, seed, step}}, {finish} and {usage}; throws Refused, or AbortError when stopped.
-export async function* reply(kind, body, signal) {
-  const response = await asked(kind === "chat" ? "v1/chat/completions" : "v1/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-    signal,
-  });
+// The tokens of a text, or of a conversation ({messages}): [{id, text, special}].
+export async function tokenize(model, what, signal) {
+  return (await (await posted("v1/tokenize", { model, ...what }, signal)).json()).tokens;
+}
+
+export async function markdown(texts) {
+  return (await (await posted("v1/markdown", { texts })).json()).html;
+}
+
+let hasProbabilities = true; // until the server says that it has none
+
+// Yields {text}, {tokens}, {start: {dropped, seed, step}}, {finish} and {usage}; throws Refused, or AbortError when stopped.
+export async function* reply(path, body, think, signal) {
+  const whole = { ...body, stream: true, stream_options: { include_usage: true } };
+  const wanted = think && hasProbabilities ? { logprobs: true, top_logprobs: 5 } : {};
+  let response;
+  try {
+    response = await posted(path, { ...whole, ...wanted }, signal);
+  } catch (error) {
+    if (!wanted.logprobs || error.status !== 400 || !/logprobs/.test(error.param ?? "")) throw error;
+    hasProbabilities = false;
+    response = await posted(path, whole, signal);
+  }
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     yield* parts(JSON.parse(data));
@@ -60,6 +79,8 @@ function* parts(chunk) {
   else if (chunk.fnlm) yield { start: chunk.fnlm };
   const choice = chunk.choices?.[0];
   const text = choice?.delta?.content ?? choice?.text;
+  const tokens = choice?.logprobs?.content;
+  if (tokens?.length) yield { tokens };
   if (text) yield { text };
   if (choice?.finish_reason) yield { finish: choice.finish_reason };
 }

@@ -1,26 +1,28 @@
-// The page: which model, which conversation, and one reply at a time.
+// The page: which models there are, which conversation is shown, and what is done with it.
 
 import * as api from "./api.js";
-import { askKey, closeDrawers, frame, grow } from "./frame.js";
+import { counter, recount } from "./counter.js";
+import { examples } from "./examples.js";
+import { askKey, closeDrawers, frame, grow, showSettings } from "./frame.js";
+import { keys } from "./keys.js";
+import { facts, pick } from "./picker.js";
+import { request } from "./requests.js";
 import * as settings from "./settings.js";
 import * as store from "./store.js";
+import { draw, mark, talks } from "./talks.js";
+import * as tree from "./tree.js";
+import { edit } from "./turn.js";
+import { button, byId, toast } from "./ui.js";
 import * as view from "./view.js";
-
-const byId = (id) => document.getElementById(id);
-const EXAMPLES = {
-  chat: [
-    "Lily is in the park with a red kite. The kite of Lily is red. What colour is the kite?",
-    "Tell me a story.",
-    "Which number comes after two?",
-    "What can you do?",
-  ],
-  text: ["Once upon a time", "Tom is in the kitchen. Tom found a red", "ROMEO:", "The little girl went to the park and saw"],
-};
+import { isBusy, isWriting, stopAll, stopIn, write } from "./writing.js";
 
 let models = [];
 let model = null; // of the models, the one chosen
-let talk = null; // the conversation shown
-let stopper = null; // ends the reply that is being written
+let rival = null; // another that answers beside it
+let talk = tree.begin(null, "chat"); // the conversation shown
+
+const kind = () => (model && !model.chat ? "text" : "chat");
+const box = byId("text");
 
 // Models
 
@@ -33,231 +35,211 @@ async function refreshModels() {
     return refreshModels();
   }
   notify(models.length ? "" : "There is no model in the served folders yet.");
-  const options = models.map((m) => {
-    const option = view.make("option", "", `${m.name} (${m.chat ? "chat" : "text"})`);
-    option.value = m.name;
-    return option;
-  });
-  byId("model").replaceChildren(...options);
-  const wanted = model?.name ?? store.recall("model");
-  choose(models.find((m) => m.name === wanted) ?? models[0] ?? null);
-  return null;
+  const named = (name) => models.find((m) => m.name === name);
+  rival = named(rival?.name) ?? null;
+  const next = named(model?.name) ?? named(store.recall("model")) ?? models[0];
+  if (next) choose(next);
+  return undefined;
 }
 
-const si = (n) => {
-  const [value, unit] = n >= 1e9 ? [n / 1e9, " G"] : n >= 1e6 ? [n / 1e6, " M"] : n >= 1e3 ? [n / 1e3, " k"] : [n, ""];
-  return (value < 100 ? Number(value.toPrecision(3)) : Math.round(value)) + unit;
-};
-const kind = () => (model && !model.chat ? "text" : "chat");
-
 function choose(next) {
+  const isOther = next.name !== model?.name;
   model = next;
-  byId("about").textContent = model
-    ? [`${si(model.parameters)} parameters`, `step ${model.step.toLocaleString("en")}`,
-      model.loss === null ? "" : `loss ${model.loss.toFixed(2)}`].filter(Boolean).join(" · ")
-    : "no model yet";
-  byId("about").title = model ? `context of ${model.context.toLocaleString("en")} tokens` : "";
-  if (!model) return;
-  byId("model").value = model.name;
+  byId("model-name").textContent = model.name;
+  byId("about").textContent = facts(model);
+  byId("about").title = `context of ${model.context.toLocaleString("en")} tokens`;
   store.remember("model", model.name);
-  settings.use(kind());
-  if (!talk || (talk.kind !== kind() && talk.messages.length)) open(store.begin(model.name, kind()));
-  else {
-    Object.assign(talk, { model: model.name, kind: kind() });
-    dress();
-  }
+  if (isOther) settings.use(model);
+  if (rival && (rival.chat !== model.chat || rival.name === model.name)) rival = null;
+  byId("rival").textContent = rival?.name ?? "Nobody";
+  if (talk.kind !== kind() && !tree.isEmpty(talk)) return open(null);
+  Object.assign(talk, { model: model.name, kind: kind() });
+  return isOther ? dress() : undefined;
+}
+
+async function pickModel() {
+  const next = await pick("Model", models, model);
+  if (next) choose(next);
+}
+
+async function pickRival() {
+  const others = models.filter((m) => m.chat === model?.chat && m.name !== model.name);
+  const next = await pick("Answers beside it", others, rival, "Nobody");
+  if (next !== undefined) rival = next;
+  byId("rival").textContent = rival?.name ?? "Nobody";
 }
 
 // Conversations
 
+// A conversation that is kept, or (null) a new one.
 function open(next) {
-  stopper?.abort();
-  talk = next;
-  const theirs = models.find((m) => m.name === talk.model) ?? models.find((m) => (m.chat ? "chat" : "text") === talk.kind);
-  if (theirs && theirs !== model) choose(theirs);
-  view.show(talk, toolsOf);
-  dress();
+  talk = next ?? tree.begin(model?.name ?? null, kind());
+  const theirs = models.find((m) => m.name === talk.model) ?? models.find((m) => m.chat === (talk.kind === "chat"));
+  if (theirs && theirs.name !== model?.name) choose(theirs);
+  show();
   closeDrawers();
+  if (!next) box.focus();
 }
 
-// Everything that depends on the kind of model and on whether anything was said.
+function show(at) {
+  view.show(talk, actions, at);
+  dress();
+}
+
+// Everything that depends on the kind of model, on whether anything was said, and on what is being written.
 function dress() {
-  const chat = kind() === "chat";
-  byId("hello").hidden = talk.messages.length > 0;
+  const isChat = talk.kind === "chat";
+  const isBegun = !tree.isEmpty(talk);
+  byId("hello").hidden = isBegun;
   byId("hello-title").textContent = model?.name ?? "fnlm";
-  byId("hello-text").textContent = chat
+  byId("hello-text").textContent = isChat
     ? "Ask it something, or begin with one of these."
     : "This model continues text. Write how it begins, or take one of these.";
-  byId("examples").replaceChildren(...EXAMPLES[kind()].map((text) => view.button(text, () => send(text), "")));
-  byId("text").placeholder = chat ? "Say something" : "Begin a text";
-  byId("text-label").textContent = chat ? "Message" : "Beginning of a text";
-  byId("send").textContent = chat ? "Send" : "Write";
-  view.showList(store.conversations(), talk.id, open, remove);
+  byId("examples").replaceChildren(...examples(talk.kind).map((text) => button(text, () => send(text), "")));
+  box.placeholder = isChat ? "Say something" : isBegun ? "Add to the text" : "Begin a text";
+  byId("text-label").textContent = isChat ? "Message" : "Text";
+  byId("send-label").textContent = isChat ? "Send" : "Write";
+  byId("send").hidden = isBusy();
+  byId("stop").hidden = !isBusy();
+  document.body.classList.toggle("completing", !isChat);
+  mark(talk);
 }
 
-function remove(gone) {
-  store.forget(gone.id);
-  if (gone.id === talk.id) open(store.begin(model?.name, kind()));
-  else dress();
-}
-
-// Above the hint, until there is nothing more to say.
+// A line above the hint, until there is nothing more to say.
 function notify(line) {
   byId("notice").textContent = line;
   byId("notice").hidden = !line;
 }
 
-// Replies
+const keep = () => notify(store.keep(talk) ? "" : "This browser has no room for more: export and delete some conversations.");
 
-function toolsOf(index) {
-  const last = index === talk.messages.length - 1;
-  const copied = talk.kind === "text" ? () => wholeText(index) : () => talk.messages[index].content;
-  const copy = view.button("Copy", () => copyText(copied(), copy));
-  const tools = [copy];
-  if (last) tools.push(view.button("Regenerate", () => regenerate(), "quiet last"));
-  if (last && talk.kind === "text") tools.push(view.button("Go on", () => goOn(), "quiet last"));
-  return tools;
-}
-
-const wholeText = (index) => (talk.messages[index - 1]?.content ?? "") + talk.messages[index].content;
-
-async function copyText(text, label) {
-  try {
-    await navigator.clipboard.writeText(text);
-    label.textContent = "Copied";
-  } catch {
-    label.textContent = "Not allowed";
-  }
-  setTimeout(() => { label.textContent = "Copy"; }, 1500);
-}
+// Turns
 
 function send(text) {
-  if (stopper || !model || !text.trim()) return;
-  talk.messages.push({ role: "user", content: text });
-  store.keep(talk);
-  byId("hello").hidden = true;
-  view.clearTools();
-  view.addPrompt(text, talk.kind);
-  byId("text").value = "";
+  if (isBusy() || !model || (talk.kind === "chat" && !text.trim())) return;
+  if (!text && !tree.isEmpty(talk)) return void goOn();
+  tree.add(talk, tree.last(talk), { role: "user", content: text });
+  box.value = "";
   grow();
-  write();
+  recount(null, "");
+  answer(tree.last(talk));
 }
 
-function regenerate() {
-  if (stopper || talk.messages.at(-1)?.role !== "assistant") return;
-  talk.messages.pop();
-  view.dropLast(talk.kind);
-  write();
+// Replies below `parent`: one, or two beside each other with the same seed.
+function answer(parent, said = {}) {
+  const asked = settings.chosen(showSettings);
+  if (!asked) return show();
+  if (!rival || said.content) return begin([[model, parent, said]], asked);
+  asked.numbers.seed ??= crypto.getRandomValues(new Uint32Array(1))[0];
+  const meta = { pair: Date.now() + Math.random() };
+  return begin([[rival, parent, { meta: { ...meta } }], [model, parent, { meta: { ...meta } }]], asked);
 }
 
-// A plain model reads on from the end of what it wrote.
-function goOn() {
-  if (stopper) return;
-  talk.messages.push({ role: "user", content: wholeText(talk.messages.length - 1) });
-  talk.messages.splice(-3, 2);
-  view.show(talk, toolsOf);
-  write();
-}
-
-function request(asked) {
-  const said = talk.messages.filter((m) => m.content).map(({ role, content }) => ({ role, content }));
-  const body = { model: model.name, ...asked.numbers };
-  if (talk.kind === "text") return { ...body, max_tokens: body.max_tokens ?? model.context, prompt: said.at(-1).content, truncate: true };
-  return { ...body, messages: asked.system ? [{ role: "system", content: asked.system }, ...said] : said };
-}
-
-async function write() {
-  const asked = settings.chosen();
+function begin(replies, asked) {
   const mine = talk;
-  const turn = view.addReply(mine.kind);
-  const message = { role: "assistant", content: "", finish: "", meta: {} };
-  if (!asked) return finish(mine, turn, { ...message, error: "One of the settings is not valid." });
-  const stop = new AbortController();
-  busy(stop);
-  try {
-    for await (const part of api.reply(mine.kind, request(asked), stop.signal)) take(part, message, turn);
-  } catch (error) {
-    message.finish = error.name === "AbortError" ? "stopped" : "error";
-    if (message.finish === "error") message.error = error.message;
-    if (error.status === 401) await askKey();
-  }
-  busy(null);
-  return finish(mine, turn, message);
+  const nodes = replies.map(([by, parent, said]) => tree.add(mine, parent, { role: "assistant", content: "", ...said, model: by.name }));
+  nodes.forEach((node, i) => {
+    const [by] = replies[i];
+    write(mine, node, request(mine, node, by, asked), (text) => view.more(node, text)).then((isKept) => end(mine, node, isKept));
+  });
+  keep();
+  byId("said").textContent = "Writing";
+  show();
 }
 
-function take(part, message, turn) {
-  if (part.start) {
-    message.meta = { seed: part.start.seed, step: part.start.step };
-    message.began = performance.now();
-    if (part.start.dropped) turn.note(outgrown(part.start.dropped));
-  }
-  if (part.text) {
-    message.content += part.text;
-    turn.add(part.text);
-  }
-  if (part.finish) message.finish = part.finish;
-  if (part.usage) {
-    message.meta.tokens = part.usage.completion_tokens;
-    message.meta.seconds = (performance.now() - message.began) / 1000;
-  }
-}
-
-function outgrown(n) {
-  if (talk.kind === "text") return `The text outgrew what the model can read: its first ${n} tokens were left out.`;
-  const what = n === 1 ? "message was" : `${n} messages were`;
-  return `The conversation outgrew what the model can read: its oldest ${what} left out.`;
-}
-
-function finish(mine, turn, message) {
-  const { role, content, finish: end, meta } = message; // an error is said once, not kept
-  mine.messages.push({ role, content, finish: end, meta });
-  const isKept = store.keep(mine);
-  if (mine !== talk) return;
-  turn.finish(message, toolsOf(mine.messages.length - 1));
-  notify(isKept ? "" : "This browser keeps no more conversations; clear some.");
-  byId("said").textContent = message.error ?? message.content;
+function end(mine, node, isKept) {
+  if (mine === talk) view.ended(talk, node, actions);
   dress();
+  byId("said").textContent = node.error ?? node.content;
+  if (!isKept) notify("This browser has no room for more: export and delete some conversations.");
+  if (node.error?.includes("key")) askKey().then(refreshModels);
 }
 
-function busy(next) {
-  stopper = next;
-  byId("send").hidden = Boolean(next);
-  byId("stop").hidden = !next;
-  byId("model").disabled = Boolean(next);
-  if (next) byId("said").textContent = "Writing";
+// A plain model reads on from the end of the text.
+function goOn() {
+  if (!isBusy() && !tree.isEmpty(talk)) answer(tree.last(talk));
+}
+
+// What the turns on the page can do.
+const actions = {
+  isWriting,
+  isThinking: settings.isThinking,
+  show,
+  goOn,
+  regenerate(node) {
+    if (!isBusy()) answer(tree.parentOf(talk, node));
+  },
+  turnTo(node, by) {
+    if (isWriting(node)) return;
+    if (tree.turnTo(talk, node, by)) store.keep(talk);
+    show("keep");
+  },
+  // What is said anew is a branch of its own; after one's own words, the model answers.
+  edited(node, text) {
+    if (isBusy()) return toast("A reply is being written.");
+    const { meta, model: by } = node;
+    const isMine = node.role === "user";
+    const made = tree.add(talk, tree.parentOf(talk, node), { role: node.role, content: text, meta: isMine ? {} : { edited: true, seed: meta.seed }, model: by });
+    made.finish = "stop";
+    if (isMine) return answer(made);
+    keep();
+    return show("keep");
+  },
+  // Another token in the place of the i-th, and on from there.
+  branchAt(node, i, text) {
+    if (isBusy()) return;
+    const before = node.tokens.slice(0, i);
+    const logprob = node.tokens[i][2]?.find(([t]) => t === text)?.[1] ?? 0;
+    const content = before.map((token) => token[0]).join("") + text;
+    answer(tree.parentOf(talk, node), { content, tokens: [...before, [text, logprob, node.tokens[i][2]]] });
+  },
+  prefer(node) {
+    tree.choose(talk, node);
+    for (const id of tree.parentOf(talk, node).children) delete talk.nodes[id].meta.pair;
+    choose(models.find((m) => m.name === node.model) ?? model);
+    keep();
+    show("keep");
+    box.focus();
+  },
+};
+
+function editLast() {
+  const node = tree.path(talk).findLast((n) => n.role === "user");
+  const element = node && document.querySelector(`article[data-id="${CSS.escape(node.id)}"]`);
+  if (element) edit(node, element, actions);
 }
 
 // The page's own events
 
 frame();
+counter();
+talks(open, () => open(null));
+keys({
+  stop: () => stopAll(),
+  begin: () => open(null),
+  search: () => { byId("history").classList.add("open"); byId("search").focus(); },
+  turnTo: (by) => { const node = view.branching(talk); if (node) actions.turnTo(node, by); },
+  editLast,
+});
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  send(byId("text").value);
+  send(box.value);
 });
-byId("text").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    send(byId("text").value);
-  }
+box.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send(box.value);
 });
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") stopper?.abort();
-});
-byId("stop").addEventListener("click", () => {
-  stopper?.abort();
-  byId("text").focus();
-});
-byId("new").addEventListener("click", () => {
-  open(store.begin(model?.name, kind()));
-  byId("text").focus();
-});
-byId("clear").addEventListener("click", () => {
-  if (!confirm("Delete all conversations kept in this browser?")) return;
-  store.forgetAll();
-  open(store.begin(model?.name, kind()));
-});
-byId("model").addEventListener("change", () => choose(models.find((m) => m.name === byId("model").value)));
-addEventListener("focus", () => stopper || refreshModels());
+box.addEventListener("input", () => recount(model, box.value));
+byId("stop").addEventListener("click", () => { stopIn(talk); stopAll(); box.focus(); });
+for (const id of ["new", "new-here"]) byId(id).addEventListener("click", () => open(null));
+byId("think").addEventListener("change", () => show("keep"));
+byId("model-button").addEventListener("click", pickModel);
+byId("rival").addEventListener("click", pickRival);
+addEventListener("focus", () => isBusy() || refreshModels());
 
-open(store.begin(null, "chat"));
-refreshModels().then(() => byId("text").focus());
+draw();
+refreshModels().then(() => {
+  show();
+  if (matchMedia("(hover: hover)").matches) box.focus();
+});

@@ -1,31 +1,49 @@
-// What is around the conversation: drawers on a narrow screen, light and dark, the box that grows with its text, the key.
+// What is around the conversation: side panels, light and dark, the box that grows with its text, the key.
 
 import { recall, remember } from "./store.js";
+import { byId, relabel } from "./ui.js";
 
-const byId = (id) => document.getElementById(id);
+const wide = matchMedia("(min-width: 72.01rem)");
 
 export function frame() {
-  drawer("history", "show-history");
-  drawer("settings", "show-settings");
+  opens("history", "show-history");
+  opens("settings", "show-settings");
   for (const node of document.querySelectorAll("[data-close]")) node.addEventListener("click", closeDrawers);
+  document.body.classList.toggle("no-settings", recall("settings-closed") === true);
   theme();
   byId("text").addEventListener("input", grow);
 }
 
-function drawer(id, opener) {
+function opens(id, opener) {
   byId(opener).addEventListener("click", () => {
+    if (id === "settings" && wide.matches) return fold();
     byId(id).classList.add("open");
+    byId(opener).setAttribute("aria-expanded", "true");
     byId(id).querySelector("[data-close]").focus();
+    return undefined;
   });
   byId(id).addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || !byId(id).classList.contains("open")) return;
+    if (event.key !== "Escape" || event.defaultPrevented || !byId(id).classList.contains("open")) return;
+    event.preventDefault();
     closeDrawers();
     byId(opener).focus();
   });
 }
 
+// On a wide screen the settings stand beside the conversation, unless they were put away.
+function fold() {
+  const isClosed = document.body.classList.toggle("no-settings");
+  remember("settings-closed", isClosed);
+}
+
+export function showSettings() {
+  document.body.classList.remove("no-settings");
+  if (!wide.matches) byId("settings").classList.add("open");
+}
+
 export function closeDrawers() {
   for (const node of document.querySelectorAll(".side.open")) node.classList.remove("open");
+  for (const node of document.querySelectorAll("[aria-expanded][aria-controls]")) if (node.id.startsWith("show-")) node.setAttribute("aria-expanded", "false");
 }
 
 function theme() {
@@ -33,7 +51,8 @@ function theme() {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (dark.media === "all" ? true : dark.media === "not all" ? false : system.matches);
   const label = () => {
-    byId("theme").textContent = isDark() ? "Light" : "Dark";
+    byId("theme").querySelector("use").setAttribute("href", isDark() ? "#i-sun" : "#i-moon");
+    relabel(byId("theme"), isDark() ? "Light" : "Dark");
   };
   byId("theme").addEventListener("click", () => {
     const next = isDark() ? "light" : "dark";
@@ -59,7 +78,7 @@ export function grow() {
 export function askKey() {
   const dialog = byId("key-dialog");
   byId("key").value = recall("key") ?? "";
-  dialog.showModal();
+  if (!dialog.open) dialog.showModal();
   return new Promise((resolve) => {
     dialog.addEventListener(
       "close",

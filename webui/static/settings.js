@@ -1,18 +1,27 @@
-// The settings beside the conversation, kept apart for chat models and plain ones.
+// The settings beside the conversation, remembered for each model.
 
 import { keepSettings, settings } from "./store.js";
+import { byId } from "./ui.js";
 
-const form = document.getElementById("knobs");
-const slider = document.getElementById("slider");
+const form = byId("knobs");
+const slider = byId("slider");
 const { temperature } = form.elements;
-let kind = null;
+let model = null;
+
+const kind = () => (model.chat ? "chat" : "text");
 
 export function use(next) {
-  if (next === kind) return;
-  kind = next;
-  const values = settings(kind);
-  for (const field of form.elements) if (field.name) field.value = values[field.name] ?? "";
-  document.getElementById("system-field").hidden = kind !== "chat";
+  model = next;
+  fill();
+}
+
+function fill() {
+  const values = settings(model.name, kind());
+  for (const field of form.elements) {
+    if (field.type === "checkbox") field.checked = Boolean(values[field.name]);
+    else if (field.name) field.value = values[field.name] ?? "";
+  }
+  byId("system-field").hidden = kind() !== "chat";
   slider.value = temperature.value;
 }
 
@@ -20,18 +29,25 @@ function values() {
   const found = {};
   for (const field of form.elements) {
     if (!field.name) continue;
-    found[field.name] = field.type === "number" ? (field.value === "" ? null : Number(field.value)) : field.value;
+    if (field.type === "checkbox") found[field.name] = field.checked;
+    else found[field.name] = field.type === "number" ? (field.value === "" ? null : Number(field.value)) : field.value;
   }
   return found;
 }
 
-// What a request takes; null where a field is wrong, which is then shown.
-export function chosen() {
-  if (!form.reportValidity()) return null;
-  const { system, ...numbers } = values();
+// What a request takes: {numbers, system, think}; null where a field is wrong, which is then shown by `reveal`.
+export function chosen(reveal) {
+  if (!form.checkValidity()) {
+    reveal();
+    form.reportValidity();
+    return null;
+  }
+  const { system, think, ...numbers } = values();
   if (numbers.max_tokens !== null) numbers.min_tokens = Math.min(numbers.min_tokens ?? 0, numbers.max_tokens);
-  return { system: kind === "chat" ? system.trim() : "", numbers };
+  return { system: kind() === "chat" ? system.trim() : "", think, numbers };
 }
+
+export const isThinking = () => form.elements.think.checked;
 
 slider.addEventListener("input", () => {
   temperature.value = slider.value;
@@ -40,13 +56,11 @@ temperature.addEventListener("input", () => {
   slider.value = temperature.value;
 });
 form.addEventListener("input", () => {
-  if (form.checkValidity()) keepSettings(kind, values());
+  if (model && form.checkValidity()) keepSettings(model.name, kind(), values());
 });
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("reset", (event) => {
   event.preventDefault();
-  const mine = kind;
-  kind = null;
-  keepSettings(mine, {});
-  use(mine);
+  keepSettings(model.name, kind(), {});
+  fill();
 });

@@ -1,61 +1,115 @@
-// Conversations and settings, kept in this browser. What cannot be kept (storage off or full) lives until the page closes.
+// Conversations and settings, kept in this browser: each under a key of its own, so that two windows do not undo each
+// other. What cannot be kept (storage off or full) lives until the page closes.
 
+import { restored } from "./tree.js";
+
+const PREFIX = "fnlm.";
+const TALK = `${PREFIX}talk.`;
 const kept = new Map();
+const talks = new Map();
 
-function read(name, otherwise) {
-  if (kept.has(name)) return kept.get(name);
-  let value = null;
+function read(key) {
   try {
-    value = JSON.parse(localStorage.getItem(`fnlm.${name}`));
+    return JSON.parse(localStorage.getItem(key));
   } catch {
-    value = null;
+    return null;
   }
-  kept.set(name, value ?? otherwise);
-  return kept.get(name);
 }
 
 // Whether the browser keeps it.
-function write(name, value) {
-  kept.set(name, value);
+function write(key, value) {
   try {
-    localStorage.setItem(`fnlm.${name}`, JSON.stringify(value));
+    localStorage.setItem(key, JSON.stringify(value));
     return true;
   } catch {
     return false;
   }
 }
 
-const isTurn = (m) => m && ["user", "assistant"].includes(m.role) && typeof m.content === "string";
-const isTalk = (c) => c && typeof c.id === "string" && Array.isArray(c.messages) && c.messages.every(isTurn);
-
-export function conversations() {
-  const list = read("conversations", []);
-  return Array.isArray(list) ? list.filter(isTalk) : [];
+function erase(key) {
+  try {
+    localStorage.removeItem(key);
+  } catch {
+    // storage is off: there was nothing
+  }
 }
 
-export function begin(model, kind) {
-  const id = `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 8)}`;
-  return { id, model, kind, title: "", messages: [] };
+function keys() {
+  try {
+    return Object.keys(localStorage).filter((key) => key.startsWith(TALK));
+  } catch {
+    return [];
+  }
 }
 
-// The newest first; one without messages is not kept.
+function load(key) {
+  const talk = restored(read(key), true);
+  if (talk) talks.set(talk.id, talk);
+}
+
+keys().forEach(load);
+const early = read(`${PREFIX}conversations`); // as the first version of this page kept them
+if (Array.isArray(early)) {
+  const isMoved = early.map((value) => restored(value, true)).filter(Boolean).every(keep);
+  if (isMoved) erase(`${PREFIX}conversations`);
+}
+
+// The newest first.
+export const conversations = () => [...talks.values()].sort((a, b) => b.changed - a.changed);
+export const conversation = (id) => talks.get(id);
+
+// Whether the browser keeps it. Where it is full, the probabilities of old conversations give way first.
 export function keep(talk) {
-  const others = conversations().filter((c) => c.id !== talk.id);
-  talk.title ||= (talk.messages[0]?.content ?? "").trim().replace(/\s+/g, " ").slice(0, 60);
-  return write("conversations", talk.messages.length ? [talk, ...others] : others);
+  talks.set(talk.id, talk);
+  const key = TALK + talk.id;
+  if (write(key, talk)) return true;
+  const oldest = conversations().reverse().filter((t) => t.id !== talk.id);
+  for (const other of [...oldest, talk]) {
+    if (!stripped(other)) continue;
+    write(TALK + other.id, other);
+    if (write(key, talk)) return true;
+  }
+  return write(key, talk);
 }
 
-export const forget = (id) => write("conversations", conversations().filter((c) => c.id !== id));
-export const forgetAll = () => write("conversations", []);
+function stripped(talk) {
+  const nodes = Object.values(talk.nodes).filter((node) => node.tokens);
+  for (const node of nodes) delete node.tokens;
+  return nodes.length > 0;
+}
 
-// Chat models and plain ones have settings of their own.
+export function forget(id) {
+  talks.delete(id);
+  erase(TALK + id);
+}
+
+// What another window changed; `changed` hears of each conversation's id.
+export function watch(changed) {
+  addEventListener("storage", ({ key, newValue }) => {
+    if (!key?.startsWith(TALK)) return;
+    const id = key.slice(TALK.length);
+    if (newValue === null) talks.delete(id);
+    else load(key);
+    changed(id);
+  });
+}
+
+export function recall(name) {
+  if (!kept.has(name)) kept.set(name, read(PREFIX + name));
+  return kept.get(name);
+}
+
+export function remember(name, value) {
+  kept.set(name, value);
+  return write(PREFIX + name, value);
+}
+
+// Chat models and plain ones begin with settings of their own; what is changed is remembered for the model.
+const SHARED = { temperature: 0.8, top_k: null, top_p: null, min_p: null, seed: null, think: false };
 const DEFAULTS = {
-  chat: { temperature: 0.8, min_tokens: 5, max_tokens: null, top_k: null, top_p: null, seed: null, system: "" },
-  text: { temperature: 0.8, min_tokens: 10, max_tokens: 200, top_k: null, top_p: null, seed: null },
+  chat: { ...SHARED, min_tokens: 5, max_tokens: null, system: "" },
+  text: { ...SHARED, min_tokens: 10, max_tokens: 200, system: "" },
 };
 
-export const settings = (kind) => ({ ...DEFAULTS[kind], ...read(`settings.${kind}`, {}) });
-export const keepSettings = (kind, values) => write(`settings.${kind}`, values);
-
-export const recall = (name) => read(name, null);
-export const remember = write;
+export const settings = (model, kind) => ({ ...DEFAULTS[kind], ...recall(`settings.${kind}.${model}`) });
+export const keepSettings = (model, kind, values) => remember(`settings.${kind}.${model}`, values);

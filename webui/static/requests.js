@@ -1,0 +1,35 @@
+// What is asked of the server for a turn: a conversation, a text to go on from, or a reply that has begun already.
+
+import * as api from "./api.js";
+import { textOf } from "./document.js";
+import { parentOf, upTo } from "./tree.js";
+
+const CHAT = "v1/chat/completions";
+const TEXT = "v1/completions";
+
+function messages(talk, node, system) {
+  const said = upTo(talk, node).filter((m) => m.content).map(({ role, content }) => ({ role, content }));
+  return system ? [{ role: "system", content: system }, ...said] : said;
+}
+
+// The request that writes into `node`, which may hold the beginning of its reply.
+export function request(talk, node, model, { numbers, system, think }) {
+  const body = { model: model.name, ...numbers };
+  if (talk.kind === "text") {
+    const prompt = textOf(upTo(talk, node));
+    return { path: TEXT, think, body: { ...body, max_tokens: body.max_tokens ?? model.context, prompt, truncate: true } };
+  }
+  const asked = messages(talk, parentOf(talk, node), system);
+  if (!node.content) return { path: CHAT, think, body: { ...body, messages: asked } };
+  return { path: TEXT, think, body: (signal) => begun(body, asked, node.content, model, signal) };
+}
+
+// A chat model goes on with a reply: the ids of the conversation up to the reply, and those of what it begins with.
+async function begun(body, asked, prefix, model, signal) {
+  const [before, start] = await Promise.all([
+    api.tokenize(model.name, { messages: asked }, signal),
+    api.tokenize(model.name, { text: prefix }, signal),
+  ]);
+  const prompt = [...before, ...start].map((token) => token.id);
+  return { ...body, prompt, truncate: true, max_tokens: body.max_tokens ?? model.context };
+}

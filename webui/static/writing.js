@@ -1,0 +1,57 @@
+// Replies that are being written: from the server's parts to a turn of the tree, kept as it grows.
+
+import * as api from "./api.js";
+import * as store from "./store.js";
+import { collector } from "./tokens.js";
+
+const KEEP_EVERY = 1500; // ms
+const running = new Map(); // by the id of the turn: {talk, stop}
+
+export const isWriting = (node) => running.has(node.id);
+export const isBusy = () => running.size > 0;
+export const stopAll = () => running.forEach(({ stop }) => stop.abort());
+export const stopIn = (talk) => running.forEach((r) => r.talk === talk && r.stop.abort());
+
+// Writes into `node` until the reply ends, breaks off or is stopped; what there is stays. `more` hears of each text.
+export async function write(talk, node, { path, body, think }, more) {
+  const stop = new AbortController();
+  running.set(node.id, { talk, stop });
+  const state = { began: performance.now(), kept: performance.now(), thoughts: collector(node.tokens) };
+  try {
+    const { where, what } = await ready(path, body, stop.signal);
+    for await (const part of api.reply(where, what, think, stop.signal)) take(part, talk, node, state, more);
+  } catch (error) {
+    node.finish = error.name === "AbortError" ? "stopped" : "error";
+    if (node.finish === "error") node.error = error.message;
+    if (error.status === 401) node.error = "The server asks for its key.";
+  }
+  node.finish ||= "stop";
+  if (state.thoughts.tokens.length) node.tokens = state.thoughts.tokens;
+  running.delete(node.id);
+  return store.keep(talk);
+}
+
+const ready = async (path, body, signal) => ({ where: path, what: typeof body === "function" ? await body(signal) : body });
+
+function take(part, talk, node, state, more) {
+  if (part.start) {
+    state.began = performance.now();
+    Object.assign(node.meta, { seed: part.start.seed, step: part.start.step });
+    if (part.start.dropped) node.meta.dropped = part.start.dropped;
+  }
+  if (part.tokens) state.thoughts.take(part.tokens);
+  if (part.text) {
+    node.content += part.text;
+    more(part.text);
+  }
+  if (part.finish) node.finish = part.finish;
+  if (part.usage) {
+    node.meta.tokens = part.usage.completion_tokens;
+    node.meta.seconds = (performance.now() - state.began) / 1000;
+  }
+  if (performance.now() - state.kept < KEEP_EVERY) return;
+  state.kept = performance.now();
+  store.keep(talk);
+}
+
+addEventListener("pagehide", () => running.forEach(({ talk }) => store.keep(talk)));
