@@ -18,8 +18,8 @@ from cli.main import INTERRUPTED
 from fnlm import trained
 from fnlm.checkpoint import CheckpointError
 from fnlm.sampling import Settings
-from webui.engine import Engine, Failure, Job
-from webui.models import About, Models
+from webui.engine import Engine, Failure, Job, Refused
+from webui.models import About, Models, Precision
 
 HELP = """\
 /regen          the last answer again, otherwise
@@ -41,6 +41,7 @@ HELP = """\
 @click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="At most N tokens an answer.")
 @click.option("--system", metavar="TEXT", help="Instructions that precede the conversation.")
 @click.option("--seed", type=int, metavar="N", help="The same answers again. [default: others each time]")
+@click.option("--precision", default="auto", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the parameters.")
 def command(
     model: Path,
     temperature: float,
@@ -50,6 +51,7 @@ def command(
     max_new_tokens: int | None,
     system: str | None,
     seed: int | None,
+    precision: Precision,
 ) -> None:
     """Talk with a trained model in the terminal.
 
@@ -59,7 +61,7 @@ def command(
     given = {"temperature": temperature, "top_k": top_k or None, "top_p": top_p, "min_tokens": min_tokens}
     settings: dict[str, Any] = {k: v for k, v in {**given, "max_tokens": max_new_tokens}.items() if v is not None}
     Settings(**{"max_tokens": None, **settings})  # what is wrong is said before the model is loaded
-    about, models = only(model)
+    about, models = only(model, precision)
     talk = Talk(about, Engine(models, streams=1).start(), settings, system, seed)
     try:
         code = talk.run()
@@ -68,11 +70,11 @@ def command(
     click.get_current_context().exit(code)
 
 
-def only(path: Path) -> tuple[About, Models]:
+def only(path: Path, precision: Precision) -> tuple[About, Models]:
     """The one model at a path. Raises CheckpointError where there is none, or several: they are named."""
     if not path.exists():
         trained.locate(path)
-    models = Models([path])
+    models = Models([path], precision=precision)
     about = list(models.about().values())
     if not about:
         raise CheckpointError(f"{path} holds no model; train one with 'fnlm train' first")
@@ -147,12 +149,16 @@ class Talk:
     def answer(self) -> bool:
         """Let the model write, show it as it comes and keep it; Ctrl-C stops it. False: there is nothing to keep."""
         said, finish = "", None
-        ticket = self.engine.submit([self.job()])
+        try:
+            ticket = self.engine.submit([self.job()])
+        except Refused as refused:
+            self.fail(refused.failure)
+            return False
         try:
             while (event := ticket.get()) is not None and event.kind not in ("end", "error"):
                 if event.kind == "text":
-                    said += event.value
-                    click.echo(harmless(event.value), nl=False)
+                    said += event.value.text
+                    click.echo(harmless(event.value.text), nl=False)
                     sys.stdout.flush()
                 elif event.value.dropped:
                     note(self.outgrown(event.value.dropped))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import ipaddress
 import logging
@@ -10,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import webbrowser
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,13 +22,15 @@ from urllib.parse import quote
 import click
 import waitress
 
+from cli.sample import device_of
 from cli.tables import columns, in_si
 from fnlm import trained
 from fnlm.checkpoint import CheckpointError
 from webui.app import BODY_LIMIT, create_app
 from webui.engine import Engine
-from webui.models import About, Models
+from webui.models import About, Models, Precision
 
+FLUSH = 2.0  # seconds for clients to take the end of their replies
 SPARE_THREADS = 8  # for the page and the lists while every stream is taken
 
 
@@ -37,8 +41,23 @@ SPARE_THREADS = 8  # for the page and the lists while every stream is taken
 @click.option("--api-key", metavar="KEY", envvar="FNLM_API_KEY", help="Ask for this key. [env: FNLM_API_KEY]")
 @click.option("--open/--no-open", "open_", default=None, help="Open the page in a browser. [default: on a desktop]")
 @click.option("--max-streams", default=32, show_default=True, type=click.IntRange(1, 512), help="Replies at once.")
+@click.option("--precision", default="auto", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the parameters.")
+@click.option("--device", metavar="D", help="cpu, cuda or cuda:1. [default: a GPU if there is one]")
+@click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB", help="Of loaded models' parameters.")
+@click.option(
+    "--grace", default=5.0, show_default=True, type=click.FloatRange(0), metavar="S", help="Seconds to end in."
+)
 def command(
-    folders: tuple[Path, ...], host: str, port: int, api_key: str | None, open_: bool | None, max_streams: int
+    folders: tuple[Path, ...],
+    host: str,
+    port: int,
+    api_key: str | None,
+    open_: bool | None,
+    max_streams: int,
+    precision: Precision,
+    device: str | None,
+    memory: float | None,
+    grace: float,
 ) -> None:
     """Open a chat page and an OpenAI-compatible API.
 
@@ -49,7 +68,8 @@ def command(
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue of streams is nothing to warn of
     if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise ValueError("--api-key must be letters, digits and signs of ASCII without spaces: it travels in a header")
-    models = Models(named(folders))
+    bytes_ = None if memory is None else int(memory * 1e9)
+    models = Models(named(folders), bytes_, device_of(device), precision)
     about = list(models.about().values())
     if not about:
         raise CheckpointError(f"{' '.join(map(str, models.folders))} holds no model; train one with 'fnlm train' first")
@@ -65,7 +85,7 @@ def command(
     if has_desktop() if open_ is None else open_:
         key = f"#key={quote(api_key, safe='')}" if api_key else ""
         threading.Thread(target=webbrowser.open, args=(url + key,), daemon=True).start()
-    run(server, engine)
+    run(server, engine, grace)
 
 
 def named(folders: tuple[Path, ...]) -> list[Path]:
@@ -114,13 +134,31 @@ def why_not(error: OSError, host: str, port: int) -> str:
     return f"cannot listen on {host}: {error.strerror or error}; this machine's own address is 127.0.0.1"
 
 
-def run(server: Any, engine: Engine) -> None:
-    """Serve until SIGINT or SIGTERM; then end every reply, and leave."""
+def run(server: Any, engine: Engine, grace: float) -> None:
+    """Serve until SIGINT or SIGTERM; then let replies be written for `grace` seconds, end the rest, and leave.
 
-    def leave(_: int, __: FrameType | None) -> None:
-        engine.stop(timeout=0)  # or the threads of the streams would wait for their ends
-        raise KeyboardInterrupt
+    A second signal ends them at once.
+    """
+    signals: list[int] = []
 
+    def leave(number: int, _: FrameType | None) -> None:
+        if ended.is_set():
+            raise KeyboardInterrupt
+        signals.append(number)
+        if len(signals) == 1 and engine.load()["active"] and grace:
+            click.echo("ending; once more ends the replies as well", err=True)
+        threading.Thread(target=finish, args=(grace if len(signals) == 1 else 0.0,), daemon=True).start()
+
+    def finish(seconds: float) -> None:
+        engine.stop(grace=seconds)
+        until = time.monotonic() + FLUSH
+        while server.task_dispatcher.active_count and time.monotonic() < until:
+            time.sleep(0.01)  # the last words are on their way
+        ended.set()
+        _thread.interrupt_main()
+        server.pull_trigger()
+
+    ended = threading.Event()
     before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run()

@@ -16,7 +16,7 @@ from torch import Tensor
 from fnlm.attention import Places, Rotation, alibi_slopes, scale
 from fnlm.collectives import LOCAL, Axes, psum, pvary
 from fnlm.config import Compute, ModelConfig
-from fnlm.forward import embed, head_weight, norm, rope_table, split_groups, turn, unembed
+from fnlm.forward import embed, head_weight, norm, reach, rope_table, split_groups, turn, unembed
 from fnlm.mlp import mlp
 from fnlm.types import Params
 
@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
 class _Step(NamedTuple):
     """Where the new tokens of one call lie: `at` (B, T) positions; `start` of all rows where they agree, else None and
     `put` (rows, positions, index into B T) of the valid ones; `seen` the cached positions anyone looks at; `bias` on
-    their scores (B, H_kv or 1, G or 1, T, s), None where all is seen."""
+    their scores (B, H_kv or 1, G or 1, T, s), None where all is seen; `each` the rows that are looked at one by one."""
 
     at: Tensor
     start: int | None
@@ -56,6 +56,7 @@ class _Step(NamedTuple):
     seen: slice
     bias: Tensor | None
     places: Places
+    each: tuple[tuple[int, slice], ...] | None = None
 
 
 def init_cache(
@@ -75,7 +76,7 @@ def init_cache(
         raise ValueError(f"a cache of {length} positions does not suit seq_len={cfg.seq_len}; choose 1 to seq_len")
     shape = (cfg.n_layers, batch, heads or cfg.kv_heads, length, cfg.head_dim)
     k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")  # zeros: no NaN where nothing is seen
-    tokens = torch.zeros((batch, length if cfg.ngrams else 0), dtype=torch.int64, device=device)
+    tokens = torch.zeros((batch, length if reach(cfg) else 0), dtype=torch.int64, device=device)
     return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), tokens)
 
 
@@ -112,17 +113,19 @@ def decode(
     *,
     lengths: Tensor | None = None,
     axes: Axes = LOCAL,
+    apart: bool = False,
 ) -> tuple[Tensor, KVCache]:
     """Logits (B, V) after each row's last new token, of tokens (B, T) that follow what the cache holds.
 
     `lengths` (B,): how many of the T are meant, the first ones; a row with 0 rests, keeps its cache, and its logits say
-    nothing. Logits are float32 (float64 where parameters are); `axes.tensor` set: V is this rank's part. The cache is
-    donated: use the one that is returned. ValueError where a row does not fit into its cache.
+    nothing. Logits are float32 (float64 where parameters are); `axes.tensor` set: V is this rank's part. `apart`: each
+    row attends over its own positions alone, so that for the same B and T its logits are the same bits whatever the
+    other rows hold. The cache is donated: use the one that is returned. ValueError where a row does not fit into it.
     """
     ready = params if isinstance(params, Prepared) else prepare(params, cfg)
-    step = _step(tokens, cfg, cache, lengths, ready, axes)
+    step = _step(tokens, cfg, cache, lengths, ready, axes, apart)
     before = None
-    if cfg.ngrams:
+    if reach(cfg):
         before = _tokens_before(cache, cfg)
         _write_(cache.tokens[:, None, :, None], tokens[..., None, None], step)
     x = embed(ready.root, tokens, cfg, None, axes, before, step.at)
@@ -172,7 +175,13 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") ->
 
 
 def _step(
-    tokens: Tensor, cfg: ModelConfig, cache: KVCache, lengths: Tensor | None, ready: Prepared, axes: Axes
+    tokens: Tensor,
+    cfg: ModelConfig,
+    cache: KVCache,
+    lengths: Tensor | None,
+    ready: Prepared,
+    axes: Axes,
+    apart: bool,
 ) -> _Step:
     rows, t = tokens.shape
     if cache.pos.shape[0] != rows:
@@ -184,15 +193,23 @@ def _step(
     used, size = max(s + n for s, n in zip(starts, counts, strict=True)), cache.k.shape[3]
     if used > size:
         raise ValueError(f"position {used - 1} does not fit into a cache of {size}; make it longer, or stop before")
-    together = min(counts) == t and min(starts) == max(starts)
+    together = min(counts) == t and min(starts) == max(starts) and not apart
     at = cache.pos[:, None] + torch.arange(t, device=tokens.device)
     put = None if together else _valid(at, counts)
     at = at if min(counts) == t else at.clamp(max=cfg.seq_len - 1)  # what stands behind a row's end is looked up too
-    seen = slice(max(0, min(starts) + 1 - cfg.window) if cfg.window else 0, max(used, 1))
+    first = max(0, min(starts) + 1 - cfg.window) if cfg.window and not apart else 0
+    seen = slice(first, max(used, 1))
     rotation = None if ready.rotation is None else (ready.rotation[0][at], ready.rotation[1][at])
-    needs_bias = t > 1 or not together or cfg.positions == "alibi"
+    needs_bias = t > 1 or not (together or apart) or cfg.positions == "alibi"
     bias = _bias(at[:1] if together else at, seen, cfg, cache.k, axes) if needs_bias else None
-    return _Step(at, starts[0] if together else None, put, seen, bias, Places(rotation, (), 0))
+    each = _spans(starts, counts, cfg.window) if apart else None
+    return _Step(at, starts[0] if together else None, put, seen, bias, Places(rotation, (), 0), each)
+
+
+def _spans(starts: Sequence[int], counts: Sequence[int], window: int | None) -> tuple[tuple[int, slice], ...]:
+    """The rows that do not rest, and the positions that each one sees."""
+    spans = enumerate(zip(starts, counts, strict=True))
+    return tuple((b, slice(max(0, s + 1 - window) if window else 0, s + n)) for b, (s, n) in spans if n)
 
 
 def _valid(at: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,8 +233,8 @@ def _bias(at: Tensor, seen: slice, cfg: ModelConfig, like: Tensor, axes: Axes) -
 
 
 def _tokens_before(cache: KVCache, cfg: ModelConfig) -> Tensor:
-    """The tokens that n-grams at the next position reach back to, (B, N - 1); V where the text has not begun."""
-    at = cache.pos[:, None] + torch.arange(1 - max(order for order, _ in cfg.ngrams), 0, device=cache.pos.device)
+    """The tokens that the next position's embedding looks back at, (B, N); V where the text has not begun."""
+    at = cache.pos[:, None] + torch.arange(-reach(cfg), 0, device=cache.pos.device)
     return cache.tokens.gather(1, at.clamp(min=0)).masked_fill(at < 0, cfg.vocab_size)
 
 
@@ -241,7 +258,10 @@ def _attend(p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: T
     q, k_new = qk.split([n_q, n_kv], 2)
     _write_(k, k_new, step)
     _write_(v, v_new, step)
-    y = _look(q, k[:, :, step.seen], v[:, :, step.seen], cfg, step.bias)
+    if step.each is None:
+        y = _look(q, k[:, :, step.seen], v[:, :, step.seen], cfg, step.bias)
+    else:
+        y = _look_each(q, k, v, cfg, step)
     out = psum(F.linear(y, p["attn.out.weight"]), axes.tensor)
     return out + p["attn.out.bias"] if cfg.bias else out
 
@@ -266,3 +286,14 @@ def _look(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, bias: Tensor | None
         scores = (scores.view(b, n_kv, h // n_kv, t, -1) + bias).view(scores.shape)
     y = scores.softmax(-1) @ v
     return y.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+
+
+def _look_each(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, step: _Step) -> Tensor:
+    """`_look` row by row; zeros for those that rest."""
+    assert step.each is not None
+    y = q.new_zeros(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
+    for row, seen in step.each:
+        own = slice(row, row + 1)
+        bias = None if step.bias is None else step.bias[own, ..., seen]
+        y[own] = _look(q[own], k[own, :, seen], v[own, :, seen], cfg, bias)
+    return y

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import fnlm
 from fnlm import tokenizers
 from fnlm.decode import prepare
-from fnlm.generate import Generation, Token, _Text, beginning, complete, encoded, end_ids, generate, stream
+from fnlm.generate import Generation, Text, Token, beginning, complete, encoded, end_ids, generate, stream
 from fnlm.params import shapes
 from fnlm.sampling import Settings
 from fnlm.tokenizers import Byte, Char, Tokenizer
@@ -100,7 +100,7 @@ def test_stop_strings_over_token_borders(stop: tuple[str, ...], pieces: list[str
 
 
 def feed(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...]) -> tuple[list[str], Generation]:
-    text = _Text(tokenizer, [1], stop)
+    text = Text(tokenizer, [1], stop)
     pieces = []
     for i, token in enumerate(ids):
         if text.finish is None:

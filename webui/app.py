@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import logging
 import secrets
-from collections.abc import Callable
-from typing import Any
+import time
 
 from flask import Flask, Response, g, jsonify, render_template, request
 from werkzeug.exceptions import HTTPException
 
-from webui import markdown, openai
-from webui.engine import Busy, Engine, Job, Stopped
-from webui.openai import ApiError, Shape
-from webui.replies import Answer, Gone
+from webui import completions, markdown, openai, texts
+from webui.engine import Engine
+from webui.metrics import TYPE
+from webui.openai import ApiError
+from webui.shapes import model_object
 
 BODY_LIMIT = 1 << 20
 OPEN = ("/", "/health")  # answered without a key, as is /static/
@@ -28,7 +29,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
-HUNG_UP = 499  # nobody reads it; the log does
+log = logging.getLogger("fnlm.serve")
 
 
 def create_app(engine: Engine, api_key: str | None = None, local: bool = True) -> Flask:
@@ -37,9 +38,11 @@ def create_app(engine: Engine, api_key: str | None = None, local: bool = True) -
     app.config["MAX_CONTENT_LENGTH"] = BODY_LIMIT
     app.json.sort_keys = False  # type: ignore[attr-defined]
     _guard(app, api_key, local)
+    _errors(app)
+    _count(app, engine)
     _pages(app, engine, api_key)
-    _api(app, engine)
-    app.register_blueprint(markdown.blueprint)
+    for blueprint in (completions.routes(engine), texts.routes(engine), markdown.blueprint):
+        app.register_blueprint(blueprint)
     return app
 
 
@@ -48,7 +51,7 @@ def _guard(app: Flask, api_key: str | None, local: bool) -> None:
 
     @app.before_request
     def admit() -> None:
-        g.id = secrets.token_hex(8)
+        g.id, g.began = secrets.token_hex(8), time.perf_counter()
         if api_key is None:
             if local and not is_local(request.headers.get("Host", "")):
                 raise ApiError(403, "this server is for this machine; to use it under another name, give it --api-key")
@@ -63,6 +66,23 @@ def _guard(app: Flask, api_key: str | None, local: bool) -> None:
         response.headers["X-Request-Id"] = g.get("id", "")
         response.headers["Cache-Control"] = "no-cache" if request.path.startswith("/static/") else "no-store"
         return response
+
+
+def _count(app: Flask, engine: Engine) -> None:
+    """A line in the log for each request, without a word of what was asked, and a count of it."""
+
+    @app.after_request
+    def noted(response: Response) -> Response:
+        rule = str(request.url_rule or "none")
+        engine.metrics.add("fnlm_requests_total", route=rule, status=response.status_code)
+        if response.status_code >= 400:
+            seconds = time.perf_counter() - g.get("began", time.perf_counter())
+            log.info("%s %s %s %d %.3f s", g.get("id", ""), request.method, rule, response.status_code, seconds)
+        return response
+
+
+def _errors(app: Flask) -> None:
+    """All of them as OpenAI's object."""
 
     @app.errorhandler(ApiError)
     def refused(error: ApiError) -> Response:
@@ -112,56 +132,21 @@ def _pages(app: Flask, engine: Engine, api_key: str | None) -> None:
         status = {"status": "ok" if ready else "loading", "models": len(engine.models.paths()), **engine.load()}
         return jsonify(status), 200 if ready else 503
 
+    @app.get("/metrics")
+    def metrics() -> Response:
+        load = engine.load()
+        gauges: dict[str, tuple[float, str]] = {
+            "fnlm_replies_active": (load["active"], "Replies that are being written."),
+            "fnlm_replies_waiting": (load["waiting"], "Replies that wait for a place."),
+            "fnlm_replies_most": (engine.streams, "Replies that can be written at once."),
+        }
+        return Response(engine.metrics.text(gauges), content_type=TYPE)
+
     @app.get("/v1/models")
     def models() -> Response:
         about = engine.models.about().values()
-        return jsonify({"object": "list", "data": [openai.model_object(a) for a in about]})
+        return jsonify({"object": "list", "data": [model_object(a) for a in about]})
 
     @app.get("/v1/models/<path:name>")
     def model(name: str) -> Response:
-        return jsonify(openai.model_object(openai.model_of({"model": name}, engine.models.about())))
-
-
-def _api(app: Flask, engine: Engine) -> None:
-    @app.post("/v1/chat/completions")
-    def chat() -> Response:
-        return _answer(engine, openai.chat_jobs, openai.chat_chunk, openai.chat_choice, "chat.completion")
-
-    @app.post("/v1/completions")
-    def completions() -> Response:
-        return _answer(engine, openai.completion_jobs, openai.text_choice, openai.text_choice, "text_completion")
-
-
-def _answer(engine: Engine, read: Callable[..., list[Job]], chunk: Shape, choice: Shape, kind: str) -> Response:
-    """Read the request, submit it, and answer it whole or as a stream."""
-    if request.mimetype != "application/json":  # what another site's page cannot send unasked
-        raise ApiError(415, "send the header Content-Type: application/json")
-    body = openai.parsed(request.get_data())
-    jobs = read(body, engine.models.about())
-    stream, echo = openai.flag(body, "stream"), openai.flag(body, "echo") and kind == "text_completion"
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise openai.wrong("stream_options", "an object")
-    with_usage = openai.flag(options, "include_usage")
-    if stream and kind == "chat.completion":
-        kind = "chat.completion.chunk"
-    gone = request.environ.get("waitress.client_disconnected", lambda: False)
-    answer = Answer(jobs, _submitted(engine, jobs), chunk if stream else choice, kind, gone)
-    try:
-        if stream:
-            lines = answer.streamed(with_usage, echo)
-            response = Response(lines, mimetype="text/event-stream", headers={"X-Accel-Buffering": "no"})
-            response.call_on_close(answer.ticket.cancel)  # also where not one line was asked for
-            return response
-        return jsonify(answer.whole(echo))
-    except Gone:
-        return Response(status=HUNG_UP)
-
-
-def _submitted(engine: Engine, jobs: list[Job]) -> Any:
-    try:
-        return engine.submit(jobs)
-    except Busy as busy:
-        raise ApiError(429, str(busy), code="queue_full", retry=busy.seconds) from None
-    except Stopped as stopped:
-        raise ApiError(503, str(stopped)) from None
+        return jsonify(model_object(openai.model_of({"model": name}, engine.models.about())))

@@ -1,136 +1,48 @@
-"""The engine: one thread that owns the models and writes all replies, a token of each in turn.
+"""The engine: one thread that owns the models and writes all replies together, a token of each at a time.
 
-Others only `submit` jobs and read the events of the ticket they get. A reply is a generator of text with a cache of its
-own, so replies do not see each other; a cancelled one is left before its next token.
+Others only `submit` jobs and read the events of the ticket they get. Between any two tokens replies may come and go;
+the prompt of one that comes is read in pieces, between the tokens of the others.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections import Counter
+from collections.abc import Sequence
 
-from fnlm import random
+import torch
+
 from fnlm.checkpoint import CheckpointError
-from fnlm.generate import Generation, stream
-from fnlm.sampling import Settings
-from webui.models import Loaded, Models
-from webui.prompts import Messages, TooLong, chat_ids, text_ids
+from fnlm.generate import Generation
+from webui.batch import ROWS, Batch
+from webui.jobs import Busy, Event, Failure, Job, Refused, Reply, Start, Stopped, Ticket, read
+from webui.metrics import Metrics
+from webui.models import Loaded, Models, Reader
+from webui.stage import MakeBatch, Stage
 
-Kind = Literal["start", "text", "end", "error"]
+__all__ = ["Busy", "Engine", "Event", "Failure", "Job", "Refused", "Start", "Stopped", "Ticket"]
+
+STOPPING = Failure("the server is stopping")
+MOST_KEPT = 2  # models without a reply whose caches stay for the next turn of a conversation
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to write: after a conversation (`messages`), or after a text or ids (`prompt`), of which `truncate`
-    leaves out the beginning where it is too long. `settings` are those of fnlm.sampling.Settings."""
-
-    model: str
-    messages: Messages | None = None
-    prompt: str | Sequence[int] = ""
-    truncate: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-
-
-class Start(NamedTuple):
-    """What is known when a reply begins; `dropped` is how many of the oldest messages, or of a text's first
-    tokens, did not fit."""
-
-    prompt_tokens: int
-    dropped: int
-    step: int
-
-
-class Event(NamedTuple):
-    """A Start, a text, a Generation or a Failure, by `kind`; `job` counts those of a ticket."""
-
-    job: int
-    kind: Kind
-    value: Any
-
-
-class Failure(NamedTuple):
-    """Why a reply did not begin or broke off. `param` names what the user can change; None: it is our fault."""
-
-    message: str
-    param: str | None = None
-    code: str | None = None
-
-
-class Busy(RuntimeError):
-    """The queue is full; try again in `seconds`."""
-
-    def __init__(self, seconds: int):
-        super().__init__(f"all places are taken; try again in {seconds} s")
-        self.seconds = seconds
-
-
-class Stopped(RuntimeError):
-    """The engine takes no more jobs."""
-
-
-class Ticket:
-    """The replies to jobs that were submitted together: their events, and the way to end them."""
-
-    def __init__(self) -> None:
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
-
-    def cancel(self) -> None:
-        """Write no further token. The last event is still an `end`."""
-        self._cancelled.set()
-
-    def is_cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    def put(self, event: Event) -> None:
-        self._events.put(event)
-
-    def get(self, timeout: float | None = None) -> Event | None:
-        """The next event; None if there is none within `timeout` seconds."""
-        try:
-            return self._events.get(timeout=timeout)
-        except queue.Empty:
-            return None
-
-
-Text = Generator[str, None, Generation]
-
-
-@dataclass
-class _Reply:
-    job: Job
-    ticket: Ticket
-    index: int
-    text: Text | None = None
-    prompt_tokens: int = 0
-    begun: float = 0.0
-
-    def say(self, kind: Kind, value: Any) -> None:
-        self.ticket.put(Event(self.index, kind, value))
 
 
 class Engine:
     """Writes at most `streams` replies at once, and lets at most `waiting` more (default: as many) wait for a place."""
 
-    def __init__(
-        self, models: Models, streams: int = 32, waiting: int | None = None, write: Callable[..., Any] = stream
-    ):
+    def __init__(self, models: Models, streams: int = 32, waiting: int | None = None, batch: MakeBatch = Batch):
         self.models, self.streams = models, streams
         self.most_waiting = streams if waiting is None else waiting
-        self._write = write
+        self.metrics = Metrics()
+        self._make, self._threads = batch, torch.get_num_threads()
         self._change = threading.Condition()
-        self._waiting: deque[_Reply] = deque()
-        self._active: list[_Reply] = []
-        self._wanted: list[str] = []
-        self._stopping = False
+        self._waiting: list[Reply] = []
+        self._active: list[Reply] = []
+        self._stages: list[Stage] = []
+        self._loads: dict[str, threading.Thread] = {}
+        self._stop_at: float | None = None
         self._pace = 2.0  # seconds a reply takes, of late
         self.ready = threading.Event()  # set while no model is being loaded ahead
         self.ready.set()
@@ -143,133 +55,180 @@ class Engine:
     def warm(self, name: str) -> None:
         """Load a model before anyone asks for it."""
         self.ready.clear()
-        with self._change:
-            self._wanted.append(name)
-            self._change.notify()
+        self._load(name)
 
     def submit(self, jobs: Sequence[Job]) -> Ticket:
-        """Take the jobs on. Raises Busy when the queue has no room for all of them, Stopped after `stop`."""
+        """Take the jobs on, once their prompts are read. Raises Refused for a job that cannot be done, Busy when the
+        queue has no room for all of them, Stopped after `stop`."""
         ticket = Ticket()
+        self._room(0)  # before long prompts are read for nothing
+        replies = [read(job, self._reader(job.model), ticket, i) for i, job in enumerate(jobs)]
         with self._change:
-            if self._stopping:
-                raise Stopped("the server is stopping")
-            free = self.streams + self.most_waiting - len(self._active) - len(self._waiting)
-            if len(jobs) > free:
-                raise Busy(max(1, round(self._pace * max(1, len(self._waiting)) / self.streams)))
-            self._waiting.extend(_Reply(job, ticket, i) for i, job in enumerate(jobs))
-            self._change.notify()
+            self._room(len(replies))
+            self._waiting.extend(replies)
+            self._change.notify_all()
         return ticket
 
-    def stop(self, timeout: float = 5.0) -> None:
-        """End every reply, with a reason, and the thread."""
+    def stop(self, timeout: float = 5.0, grace: float = 0.0) -> None:
+        """Take nothing more on, let replies be written for `grace` seconds, then end them with a reason, and the
+        thread, for which this waits `timeout` seconds more."""
         with self._change:
-            self._stopping = True
-            self._change.notify()
+            self._stop_at = min(self._stop_at or float("inf"), time.monotonic() + grace)
+            self._change.notify_all()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
+            self._thread.join(grace + timeout if timeout else 0)
 
     def load(self) -> dict[str, int]:
         """How many replies are being written, and how many wait."""
         with self._change:
             return {"active": len(self._active), "waiting": len(self._waiting)}
 
-    def _run(self) -> None:
-        while self._admit():
-            for reply in list(self._active):
-                if self._stopping:
-                    break
-                self._advance(reply)
-        for reply in [*self._active, *self._waiting]:
-            if reply.text is not None:
-                reply.text.close()
-            reply.say("error", Failure("the server is stopping"))
-        self._active.clear()
-        self._waiting.clear()
-
-    def _admit(self) -> bool:
-        """Wait until there is work, and give the first that waits a place if there is one; False: stop."""
+    def _room(self, n: int) -> None:
+        """Raise where there is none for n more."""
         with self._change:
-            while not (self._active or self._waiting or self._wanted or self._stopping):
-                self._change.wait()
-            if self._stopping:
-                return False
-            wanted, self._wanted = self._wanted, []
-            if self._waiting and len(self._active) < self.streams:
-                self._active.append(self._waiting.popleft())
-        for name in wanted:
-            self._load_ahead(name)
-        return True
+            if self._stop_at is not None:
+                raise Stopped(STOPPING.message)
+            free = self.streams + self.most_waiting - len(self._active) - len(self._waiting)
+            if n > free or free == 0:
+                raise Busy(max(1, round(self._pace * max(1, len(self._waiting)) / self.streams)))
 
-    def _load_ahead(self, name: str) -> None:
+    def _reader(self, name: str) -> Reader:
         try:
-            self.models.get(name)
-        except (ValueError, KeyError, OSError) as error:
-            log.warning("%s cannot be loaded: %s", name, error)
-        finally:
-            self.ready.set()
-
-    def _advance(self, reply: _Reply) -> None:
-        """The next piece of one reply, and what to say when that was the last or fails."""
-        try:
-            if reply.ticket.is_cancelled():
-                return self._cancel(reply)
-            if reply.text is None:
-                self._begin(reply)
-            assert reply.text is not None
-            reply.say("text", next(reply.text))
-        except StopIteration as done:
-            self._end(reply, done.value)
-        except TooLong as error:
-            where = "prompt" if reply.job.messages is None else "messages"
-            self._end(reply, Failure(str(error), where, "context_length_exceeded"))
+            return self.models.reader(name)
         except KeyError:
-            self._end(reply, Failure(f"there is no model {reply.job.model!r} any more", "model", "model_not_found"))
+            raise Refused(_no_model(name)) from None
         except (CheckpointError, OSError):
-            log.exception("%s cannot be loaded", reply.job.model)
-            self._end(reply, Failure(f"{reply.job.model} cannot be loaded; the server's log says why"))
-        except ValueError as error:
-            self._end(reply, Failure(str(error), "prompt" if reply.job.messages is None else "messages"))
-        except Exception:
-            log.exception("a reply of %s broke off", reply.job.model)
-            self._end(reply, Failure("the reply broke off; the server's log says why"))
+            log.exception("%s cannot be read", name)
+            raise Refused(_unreadable(name)) from None
 
-    def _begin(self, reply: _Reply) -> None:
-        """Load the model, read the prompt, and say so; no token is written yet."""
-        reply.begun = time.monotonic()
-        job, model = reply.job, self.models.get(reply.job.model)
-        settings, dropped = dict(job.settings), 0
-        if job.messages is None:
-            ids, dropped = text_ids(model, job.prompt, job.truncate)
-        else:
-            ids, dropped = chat_ids(model, job.messages, settings.get("max_tokens"))
-        reply.prompt_tokens = len(ids)
-        wanted = _within(settings, model, len(ids))
-        key = random.key(job.seed % (1 << 64))
-        cancelled = reply.ticket.is_cancelled
-        reply.text = self._write(model.weights, model.cfg, model.tokenizer, ids, wanted, key, cancelled=cancelled)
-        reply.say("start", Start(len(ids), dropped, model.step))
+    def _run(self) -> None:
+        while self._wait():
+            self._admit()
+            for stage in list(self._stages):
+                if stage.replies:
+                    torch.set_num_threads(1 if stage.small else self._threads)
+                    stage.step()
+        for stage in self._stages:
+            stage.end(STOPPING)
+        with self._change:
+            left, self._waiting = self._waiting, []
+        for reply in left:
+            reply.say("error", STOPPING)
 
-    def _cancel(self, reply: _Reply) -> None:
-        if reply.text is not None:
-            reply.text.close()
-        self._end(reply, Generation("", [], "cancelled", reply.prompt_tokens))
+    def _wait(self) -> bool:
+        """Until there is work; False: stop."""
+        with self._change:
+            while self._stop_at is None and not self._active and not self._can_begin():
+                self._change.wait(0.05 if self._waiting else None)
+            if self._stop_at is None:
+                return True
+            return bool(self._active) and time.monotonic() < self._stop_at
 
-    def _end(self, reply: _Reply, outcome: Generation | Failure) -> None:
+    def _can_begin(self) -> bool:
+        """Whether one waits for something else than its model."""
+        return any(r.ticket.is_cancelled() or r.job.model not in self._loads for r in self._waiting)
+
+    def _admit(self) -> None:
+        """Forget who left while waiting; give places to the rest, first to those who have fewest, then by order."""
+        with self._change:
+            left = [r for r in self._waiting if r.ticket.is_cancelled()]
+            self._waiting = [r for r in self._waiting if not r.ticket.is_cancelled()]
+            waiting = list(self._waiting) if self._stop_at is None else []
+            if self._stop_at is not None:
+                stopped, self._waiting = self._waiting, []
+        for reply in left:
+            self._ended(reply, Generation("", [], "cancelled", len(reply.ids)))
+        if self._stop_at is not None:
+            for reply in stopped:
+                reply.say("error", STOPPING)
+        while waiting and len(self._active) < self.streams:
+            held = Counter(id(r.ticket) for r in self._active)
+            reply = min(waiting, key=lambda r: held[id(r.ticket)])
+            waiting.remove(reply)
+            self._begin(reply)
+
+    def _begin(self, reply: Reply) -> None:
+        """Give a reply its place, if its model is there; else see that it comes."""
+        name = reply.job.model
+        if name in self._loads:
+            return
+        try:
+            model = self.models.ready(name)
+        except KeyError:
+            return self._drop(reply, _no_model(name))
+        except OSError:
+            log.exception("%s cannot be loaded", name)
+            return self._drop(reply, _unreadable(name))
+        if model is None:
+            self._load(name)
+            return
+        with self._change:
+            if reply not in self._waiting:
+                return  # its model could not be loaded meanwhile
+            self._waiting.remove(reply)
+            self._active.append(reply)
+        self._stage(model).join(reply)
+
+    def _stage(self, model: Loaded) -> Stage:
+        """Where this model's replies are written; those of models that nobody uses any more are given up."""
+        found = [stage for stage in self._stages if stage.model is model]
+        idle = [s for s in self._stages if not s.replies and s.model is not model]
+        kept = [s for s in idle if self.models.holds(s.model)][-MOST_KEPT:]
+        self._stages = [s for s in self._stages if s.replies or s in kept]
+        rows = min(ROWS, self.streams)
+        stage = found[0] if found else Stage(model, rows, self._make, self.metrics, self._ended)
+        self._stages = [*(s for s in self._stages if s is not stage), stage]
+        return stage
+
+    def _load(self, name: str) -> None:
+        """Load a model in a thread of its own, so that the replies of others go on."""
+
+        def work() -> None:
+            failure = None
+            try:
+                self.models.get(name)
+            except KeyError:
+                failure = _no_model(name)
+            except Exception:  # whatever a file makes a reader do
+                log.exception("%s cannot be loaded", name)
+                failure = _unreadable(name)
+            with self._change:
+                del self._loads[name]
+                failed = [r for r in self._waiting if failure and r.job.model == name]
+                self._waiting = [r for r in self._waiting if r not in failed]
+                if not self._loads:
+                    self.ready.set()
+                self._change.notify_all()
+            for reply in failed:
+                assert failure is not None
+                self._ended(reply, failure)
+
+        with self._change:
+            if name in self._loads:
+                return
+            self._loads[name] = threading.Thread(target=work, name=f"load {name}", daemon=True)
+            self._loads[name].start()
+
+    def _drop(self, reply: Reply, failure: Failure) -> None:
+        with self._change:
+            self._waiting = [r for r in self._waiting if r is not reply]
+        self._ended(reply, failure)
+
+    def _ended(self, reply: Reply, outcome: Generation | Failure) -> None:
         """Free the place first, so that who hears of the end finds it free."""
         with self._change:
-            self._active.remove(reply)
+            if reply in self._active:
+                self._active.remove(reply)
         if reply.begun:
             self._pace += 0.2 * (time.monotonic() - reply.begun - self._pace)
-        reply.say("error" if isinstance(outcome, Failure) else "end", outcome)
+        failed = isinstance(outcome, Failure)
+        self.metrics.add("fnlm_replies_total", finish="error" if isinstance(outcome, Failure) else outcome.finish)
+        reply.say("error" if failed else "end", outcome)
 
 
-def _within(settings: dict[str, Any], model: Loaded, read: int) -> Settings:
-    """The settings, with as many tokens as the context still has room for at most."""
-    most = min(settings.get("max_tokens") or model.cfg.seq_len, model.cfg.seq_len - read)
-    least = min(settings.get("min_tokens", 0), most)
-    if settings.get("top_k"):
-        settings["top_k"] = min(settings["top_k"], model.tokenizer.vocab_size)
-    wrong = [i for i in settings.get("logit_bias", {}) if i >= model.tokenizer.vocab_size]
-    if wrong:
-        raise ValueError(f"logit_bias names token {wrong[0]}; the vocabulary has {model.tokenizer.vocab_size}")
-    return Settings(**{**settings, "max_tokens": most, "min_tokens": least})
+def _no_model(name: str) -> Failure:
+    return Failure(f"there is no model {name!r} any more", "model", "model_not_found")
+
+
+def _unreadable(name: str) -> Failure:
+    return Failure(f"{name} cannot be loaded; the server's log says why")

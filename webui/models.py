@@ -23,6 +23,7 @@ from fnlm.machine import has_fast_bf16
 from fnlm.tokenizers import Tokenizer
 
 Stamp = tuple[tuple[str, int], ...]
+Kind = Literal["chat", "text"]
 Precision = Literal["auto", "fp32", "bf16"]
 FRESH = 1.0  # seconds for which a search through the folders is believed
 LARGE = 30_000_000  # parameters, from which reading them is what takes the time, and half as many bytes pay
@@ -33,7 +34,7 @@ class About(NamedTuple):
     """What there is to say of a model before it is loaded; `loss` in nats a token, of validation where there is one."""
 
     name: str
-    kind: Literal["chat", "text"]
+    kind: Kind
     parameters: int
     step: int
     loss: float | None
@@ -242,11 +243,18 @@ def describe(name: str, path: Path) -> About:
     loss = next((extra[k] for k in ("val_loss", "loss") if isinstance(extra.get(k), (int, float))), None)
     saved = int((at / layout.COMMITTED).stat().st_mtime)
     context = config["model"]["seq_len"]
-    return About(name, "chat" if config.get("kind") == "chat" else "text", sum(sizes), tree["step"], loss, context, saved)
+    kind = kind_of(config.get("kind") == "chat")
+    return About(name, kind, sum(sizes), tree["step"], loss, context, saved)
 
 
 def _foreign(name: str, path: Path) -> About:
     """The same of a model that other software wrote. Raises CheckpointError for one that cannot be read."""
     model = interop.read(path)
     chat = interop.speaks_chatml(model, interop.read_tokenizer(model))
-    return About(name, "chat" if chat else "text", params.count(model.cfg), 0, None, model.cfg.seq_len, int(path.stat().st_mtime))
+    saved = int(path.stat().st_mtime)
+    return About(name, kind_of(chat), params.count(model.cfg), 0, None, model.cfg.seq_len, saved)
+
+
+def kind_of(chat: bool) -> Kind:
+    """What a model was last trained on, in a word."""
+    return "chat" if chat else "text"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from webui.engine import Job
+from webui.jobs import Job
 from webui.models import About
 from webui.prompts import Messages
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-MOST_TOKENS, MOST_CHOICES, MOST_STOPS, MOST_MESSAGES = 1_000_000, 8, 16, 1000
+MOST_TOKENS, MOST_CHOICES, MOST_STOPS, MOST_MESSAGES, MOST_LOGPROBS = 1_000_000, 8, 16, 1000, 20
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 # field: the least and the greatest value
 NUMBERS = {
@@ -210,49 +210,42 @@ def chat_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> list[Job]
     if not about.chat:
         raise ApiError(400, f"{about.name} was not trained on conversations; use /v1/completions", "model")
     messages = messages_of(body)
-    chosen, seed, n = _shared(body, {"logprobs": "leave it out", "tools": "leave it out", "functions": "leave it out"})
-    return [Job(about.name, messages, settings=chosen, seed=seed + i) for i in range(n)]
+    chosen, seed, n = _shared(body, {"tools": "leave it out", "functions": "leave it out"})
+    top = whole(body, "top_logprobs", 0, MOST_LOGPROBS)
+    if top is not None and not flag(body, "logprobs"):
+        raise wrong("top_logprobs", "left out, or asked for together with logprobs: true")
+    top = (top or 0) if flag(body, "logprobs") else None
+    return [Job(about.name, messages, settings=chosen, seed=seed + i, top=top) for i in range(n)]
 
 
 def completion_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> list[Job]:
     """The jobs of a /v1/completions request, prompt by prompt."""
     about = model_of(body, models)
     prompts = prompts_of(body)
-    chosen, seed, n = _shared(body, {"suffix": "text is only continued", "logprobs": "leave it out"})
+    chosen, seed, n = _shared(body, {"suffix": "text is only continued"})
     if len(prompts) * n > MOST_CHOICES:
         raise wrong("n", f"at most {MOST_CHOICES} for all prompts together")
     chosen.setdefault("max_tokens", max(COMPLETION_TOKENS, chosen.get("min_tokens", 0)))
-    truncate = flag(body, "truncate")
-    return [Job(about.name, None, p, truncate, chosen, seed + i) for p in prompts for i in range(n)]
+    if (whole(body, "best_of", 1, MOST_TOKENS) or n) != n:
+        raise wrong("best_of", "left out, or the same as n")
+    truncate, top = flag(body, "truncate"), None
+    if body.get("logprobs") is not False:  # as some clients say it
+        top = whole(body, "logprobs", 0, MOST_LOGPROBS)
+    if top is not None and flag(body, "echo"):
+        raise wrong("echo", "left out where logprobs are asked for: those of a prompt are not told")
+    return [Job(about.name, None, p, truncate, chosen, seed + i, top) for p in prompts for i in range(n)]
 
 
-Shape = Callable[[int, str | None, str | None], dict[str, Any]]
+def text_or_messages(body: Mapping[str, Any]) -> str | Messages:
+    """What /v1/tokenize is to read: exactly one of the two."""
+    if (body.get("text") is None) == (body.get("messages") is None):
+        raise wrong("text", "a string, or left out where messages are given")
+    return text(body["text"], "text") if body.get("text") is not None else messages_of(body)
 
 
-def chat_chunk(index: int, content: str | None, finish: str | None) -> dict[str, Any]:
-    """A choice of a streamed chat reply; None for both begins it."""
-    begins = {"role": "assistant", "content": ""}
-    delta = {"content": content} if content is not None else {} if finish else begins
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-
-
-def chat_choice(index: int, content: str | None, finish: str | None) -> dict[str, Any]:
-    """A choice of a whole chat reply."""
-    message = {"role": "assistant", "content": content}
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": finish}
-
-
-def text_choice(index: int, content: str | None, finish: str | None) -> dict[str, Any]:
-    """A choice of a completion, streamed or whole."""
-    return {"index": index, "text": content or "", "logprobs": None, "finish_reason": finish}
-
-
-def usage(read: int, written: int) -> dict[str, int]:
-    """How many tokens were read and written."""
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-
-def model_object(about: About) -> dict[str, Any]:
-    """A model of /v1/models; `fnlm` is what OpenAI's do not have."""
-    ours = {k: v for k, v in about._asdict().items() if k not in ("name", "saved")}
-    return {"id": about.name, "object": "model", "created": about.saved, "owned_by": "fnlm", "fnlm": ours}
+def ids_of(body: Mapping[str, Any], size: int) -> list[int]:
+    """The ids of /v1/detokenize."""
+    value = body.get("tokens")
+    if not isinstance(value, list) or not all(_is_id(i) and i < size for i in value):
+        raise wrong("tokens", f"a list of ids from 0 to {size - 1}")
+    return value

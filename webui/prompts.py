@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fnlm import data
 from fnlm.generate import encoded
 from fnlm.tokenizers import Tokenizer
-from webui.models import Loaded
+from webui.models import Reader
 
 Messages = list[dict[str, str]]
 
@@ -16,33 +16,36 @@ class TooLong(ValueError):
     """More than the model can read at once."""
 
 
-def text_ids(model: Loaded, prompt: str | Sequence[int], truncate: bool = False) -> tuple[list[int], int]:
+def text_ids(model: Reader, prompt: str | Sequence[int], truncate: bool = False) -> tuple[list[int], int]:
     """The ids of a text, or ids given as such, and how many of the first were left out for them to fit (`truncate`).
 
     An empty text is the beginning of a document; what is truncated leaves room for a quarter of the context.
 
     Raises ValueError for an id outside the vocabulary, TooLong for a text that leaves no room for a token.
     """
+    if isinstance(prompt, str) and not truncate:
+        _refuse_hopeless(model, prompt, "text")
     ids = encoded(model.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     wrong = next((i for i in ids if not 0 <= i < model.tokenizer.vocab_size), None)
     if wrong is not None:
         raise ValueError(f"token {wrong} is not in the vocabulary of {model.tokenizer.vocab_size}")
-    dropped = len(ids) - (model.cfg.seq_len - max(1, model.cfg.seq_len // 4))
+    dropped = len(ids) - (model.context - max(1, model.context // 4))
     if truncate and dropped > 0:
         return ids[dropped:], dropped
-    if len(ids) >= model.cfg.seq_len:
-        raise TooLong(f"the text has {len(ids)} tokens; the model reads at most {model.cfg.seq_len - 1}, so shorten it")
+    if len(ids) >= model.context:
+        raise TooLong(f"the text has {len(ids)} tokens; the model reads at most {model.context - 1}, so shorten it")
     return ids, 0
 
 
-def chat_ids(model: Loaded, messages: Messages, reply: int | None = None) -> tuple[list[int], int]:
+def chat_ids(model: Reader, messages: Messages, reply: int | None = None) -> tuple[list[int], int]:
     """The ids of a conversation, and how many of its oldest messages were left out for them to fit.
 
     Kept are the instructions at its beginning and, with room for an answer (an eighth of the context, or `reply` tokens
     if those are fewer), the newest messages, beginning with one of the user's. Raises TooLong where the last alone
     does not fit.
     """
-    room = model.cfg.seq_len - max(1, min(reply or model.cfg.seq_len, model.cfg.seq_len // 8))
+    _refuse_hopeless(model, messages[-1]["content"], "last message")
+    room = model.context - max(1, min(reply or model.context, model.context // 8))
     first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     system, turns = messages[:first], messages[first:]
     starts = [i for i, m in enumerate(turns) if m["role"] == "user" or i == len(turns) - 1] or [0]
@@ -53,12 +56,19 @@ def chat_ids(model: Loaded, messages: Messages, reply: int | None = None) -> tup
         needed = fixed + sum(sizes[first + start :])
         if needed <= room:
             return data.prompt(model.tokenizer, [*system, *turns[start:]]), start
-    if needed < model.cfg.seq_len:  # the last message fits, though the answer will be short
+    if needed < model.context:  # the last message fits, though the answer will be short
         return data.prompt(model.tokenizer, [*system, *turns[starts[-1] :]]), starts[-1]
     raise TooLong(
         f"the last message needs {needed} tokens with the instructions before it; the model reads at most "
-        f"{model.cfg.seq_len - 1}, so shorten it"
+        f"{model.context - 1}, so shorten it"
     )
+
+
+def _refuse_hopeless(model: Reader, text: str, what: str) -> None:
+    """Say that a text is too long without reading all of it, where its bytes alone show that."""
+    least = len(text.encode("utf-8")) // max(map(len, model.tokenizer.table), default=1)
+    if least > 2 * model.context:
+        raise TooLong(f"the {what} has more than {least} tokens; the model reads at most {model.context - 1}")
 
 
 def _sizes(tokenizer: Tokenizer, messages: Messages) -> list[int]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from webui.engine import Event, Failure, Job, Ticket
-from webui.openai import ApiError, Shape, usage
+from fnlm.tokenizers import Tokenizer
+from webui.jobs import Event, Failure, Job, Ticket
+from webui.openai import ApiError
+from webui.shapes import Shape, Told, usage
+from webui.writing import Piece, Scored
 
 POLL = 0.05  # seconds between looks at whether the client is still there
 HEARTBEAT = 10.0  # seconds of silence after which a comment is sent, lest a proxy hangs up
-_log = logging.getLogger("fnlm.serve")
 
 
 class Gone(Exception):
@@ -24,19 +25,26 @@ class Gone(Exception):
 
 @dataclass
 class Answer:
-    """The answer to one request, which may have several choices: `jobs` as they were submitted for `ticket`."""
+    """The answer to one request, which may have several choices: `jobs` as they were submitted for `ticket`.
+
+    `told` shapes log-probabilities, `tokenizer` spells them. `closed(self)` is called when it is over."""
 
     jobs: list[Job]
     ticket: Ticket
     shape: Shape
     kind: str
     gone: Callable[[], bool]
+    told: Told
+    tokenizer: Tokenizer
+    closed: Callable[[Answer], None] = lambda _: None
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     read: int = 0
     written: int = 0
     dropped: int = 0
     step: int = 0
+    ends: dict[int, str] = field(default_factory=dict)
+    _letters: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.id = self.id or f"{'chatcmpl' if self.kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}"
@@ -59,7 +67,7 @@ class Answer:
                     yield None
         finally:
             self.ticket.cancel()
-            _log.info("%s %s read %d wrote %d", self.id, self.jobs[0].model, self.read, self.written)
+            self.closed(self)
 
     def _note(self, event: Event) -> None:
         if event.kind == "start":
@@ -70,6 +78,9 @@ class Answer:
                 self.read += event.value.prompt_tokens
         elif event.kind == "end":
             self.written += len(event.value.ids)
+            self.ends[event.job] = event.value.finish
+        elif event.kind == "error":
+            self.ends[event.job] = "error"
 
     def frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """What is around choices."""
@@ -80,22 +91,29 @@ class Answer:
         """What OpenAI's schema has no place for: `dropped` messages did not fit; the seed that gives the same again."""
         return {"fnlm": {"dropped": self.dropped, "seed": self.jobs[0].seed, "step": self.step}}
 
+    def scores(self, i: int, tokens: Sequence[Scored]) -> dict[str, Any] | None:
+        """The log-probabilities of choice i's next tokens, if they were asked for."""
+        if self.jobs[i].top is None:
+            return None
+        begin = self._letters.get(i, 0)
+        self._letters[i] = begin + len(self.tokenizer.decode([t.id for t in tokens]))
+        return self.told(tokens, self.tokenizer, begin)
+
     def whole(self, echo: bool = False) -> dict[str, Any]:
         """The answer as one object. Raises ApiError where a choice failed."""
-        texts, ends = [""] * len(self.jobs), [""] * len(self.jobs)
+        texts, tokens = [""] * len(self.jobs), [list[Scored]() for _ in self.jobs]
         for event in self.events():
             assert event is not None
             if event.kind == "error":
                 raise refusal(event.value)
             if event.kind == "text":
-                texts[event.job] += event.value
-            elif event.kind == "end":
-                ends[event.job] = event.value.finish
+                texts[event.job] += event.value.text
+                tokens[event.job] += event.value.tokens
         if echo:
             texts = [
                 (job.prompt if isinstance(job.prompt, str) else "") + t for job, t in zip(self.jobs, texts, strict=True)
             ]
-        choices = [self.shape(i, t, end) for i, (t, end) in enumerate(zip(texts, ends, strict=True))]
+        choices = [self.shape(i, t, self.ends[i], self.scores(i, tokens[i])) for i, t in enumerate(texts)]
         return {**self.frame(choices), "usage": usage(self.read, self.written), **self.ours()}
 
     def streamed(self, with_usage: bool = False, echo: bool = False) -> Iterator[str]:
@@ -121,16 +139,17 @@ class Answer:
         yield "data: [DONE]\n\n"
 
     def _said(self, event: Event, echo: bool) -> Iterator[str]:
-        i, job = event.job, self.jobs[event.job]
+        i, job, none = event.job, self.jobs[event.job], None
         if event.kind == "error":
             yield line(refusal(event.value).body())
         elif event.kind == "end":
-            yield line(self.frame([self.shape(i, None, event.value.finish)]))
+            yield line(self.frame([self.shape(i, None, event.value.finish, none)]))
         elif event.kind == "text":
-            yield line(self.frame([self.shape(i, event.value, None)]))
+            piece: Piece = event.value
+            yield line(self.frame([self.shape(i, piece.text, None, self.scores(i, piece.tokens))]))
         else:
             prompt = job.prompt if echo and isinstance(job.prompt, str) else ""
-            begin = self.shape(i, None if job.messages is not None else prompt, None)
+            begin = self.shape(i, None if job.messages is not None else prompt, None, none)
             yield line({**self.frame([begin]), **self.ours()})
 
 

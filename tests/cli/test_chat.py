@@ -116,7 +116,7 @@ def talk(runs: Path) -> Iterator[Callable[[Script], Talk]]:
 
     def begin(script: Script) -> Talk:
         models = Models([runs / "talk"])
-        engines.append(Engine(models, streams=1, write=script).start())
+        engines.append(Engine(models, streams=1, batch=script).start())
         return Talk(models.about()["talk"], engines[0], {}, terminal=True)
 
     yield begin
@@ -127,7 +127,7 @@ def talk(runs: Path) -> Iterator[Callable[[Script], Talk]]:
 def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(
     talk: Callable[[Script], Talk], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = Script()
+    script = Script(pause=0.001)
     session = talk(script)
     inputs = iter(["hi", KeyboardInterrupt])
     got = [0]
@@ -153,7 +153,7 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(
     assert out.out == "xx\n\n"
     assert "(stopped; Ctrl-C again leaves)" in out.err
     session.engine.stop()
-    assert script.closed == 1
+    assert session.engine.load()["active"] == 0
 
 
 def test_the_end_of_input_leaves(talk: Callable[[Script], Talk], monkeypatch: pytest.MonkeyPatch) -> None:

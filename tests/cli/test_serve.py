@@ -84,7 +84,7 @@ def test_who_reaches_an_address() -> None:
 
 
 def test_a_name_cannot_steer_the_terminal() -> None:
-    lines = serve.table([About("a\x1b[2J", True, 12_496_960, 1000, None, 512, 0)])
+    lines = serve.table([About("a\x1b[2J", "chat", 12_496_960, 1000, None, 512, 0)])
     assert lines[1].split()[:6] == ["a\ufffd[2J", "chat", "12.5", "M", "1,000", "-"]
 
 
@@ -137,7 +137,12 @@ def test_a_real_server(runs: Path) -> None:
         until_idle(port)
 
         connection, response = asked(port, "POST", "/v1/completions", endless)
+        short, other = asked(port, "POST", "/v1/completions", {**body, "max_tokens": 200, "min_tokens": 200})
         response.read1()
+        other.read1()
+        process.send_signal(signal.SIGINT)
+        assert b'"finish_reason":"length"' in other.read()  # it is given time to end
+        short.close()
         process.send_signal(signal.SIGINT)
         ending = response.read()
         assert b"the server is stopping" in ending

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,15 @@ import torch
 
 import fnlm
 from fnlm import checkpoint, tokenizers
-from fnlm.generate import Generation
 from fnlm.types import TrainState
+from webui.batch import Slot
 
 
-def save(run: Path, kind: str, step: int = 7, seed: int = 0, seq_len: int = 64) -> Path:
+def save(run: Path, kind: str, step: int = 7, seed: int = 0, seq_len: int = 64, **model: Any) -> Path:
     """A run with one checkpoint of random weights, which write varied text."""
     tokenizer = tokenizers.named("byte")
-    cfg = fnlm.ModelConfig(vocab_size=tokenizer.vocab_size, n_layers=1, n_heads=2, d_model=16, seq_len=seq_len)
+    shape = {"n_layers": 1, "n_heads": 2, "d_model": 16, "seq_len": seq_len, **model}
+    cfg = fnlm.ModelConfig(vocab_size=tokenizer.vocab_size, **shape)
     params = fnlm.init_params(cfg, fnlm.key(seed))
     state = TrainState(torch.tensor(step), params, (), fnlm.key(seed))
     run.mkdir(parents=True, exist_ok=True)
@@ -32,18 +35,32 @@ def save(run: Path, kind: str, step: int = 7, seed: int = 0, seq_len: int = 64) 
 
 
 class Script:
-    """Stands for fnlm.generate.stream: writes `x` until it is told to stop, a letter at a time; counts its steps."""
+    """Stands for webui.batch.Batch: writes `x` for ever, or until `most` steps were made, then fails."""
 
-    def __init__(self, most: int = 1_000_000) -> None:
-        self.most, self.steps, self.closed = most, 0, 0
+    def __init__(self, most: int | None = None, pause: float = 0.0) -> None:
+        self.most, self.pause, self.steps, self.joined, self.closed = most, pause, 0, 0, 0
 
-    def __call__(self, *_: Any, cancelled: Any, **__: Any) -> Any:
-        try:
-            for _step in range(self.most):
-                if cancelled():
-                    break
-                self.steps += 1
-                yield "x"
-        finally:
-            self.closed += 1
-        return Generation("x" * self.steps, [120] * self.steps, "length", 3)
+    def __call__(self, weights: Any, cfg: fnlm.ModelConfig, rows: int) -> Script:
+        self.logits = torch.full((cfg.vocab_size,), -100.0)
+        self.logits[ord("x")] = 100.0
+        self.new: list[Slot] = []
+        return self
+
+    def join(self, prompt: list[int]) -> Slot:
+        self.joined += 1
+        self.new.append(Slot(None, self.joined))  # type: ignore[arg-type]
+        return self.new[-1]
+
+    def leave(self, slot: Slot) -> None:
+        self.closed += 1
+
+    def fill(self, budget: int) -> list[tuple[Slot, torch.Tensor]]:
+        new, self.new = self.new, []
+        return [(slot, self.logits) for slot in new]
+
+    def advance(self, new: Mapping[Slot, int]) -> tuple[list[Slot], torch.Tensor]:
+        self.steps += 1
+        if self.most is not None and self.steps > self.most:
+            raise RuntimeError("the secret cause")
+        time.sleep(self.pause)
+        return list(new), self.logits.expand(len(new), -1)

@@ -1,0 +1,149 @@
+"""What the engine is asked for and what it says: jobs, their tickets, and the events that a ticket gets."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from fnlm.sampling import Settings
+from webui.models import Reader
+from webui.prompts import Messages, TooLong, chat_ids, text_ids
+from webui.writing import Writer
+
+Kind = Literal["start", "text", "end", "error"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to write: after a conversation (`messages`), or after a text or ids (`prompt`), of which `truncate`
+    leaves out the beginning where it is too long. `settings` are those of fnlm.sampling.Settings; `top`: how many
+    likeliest tokens to tell with each, None for no log-probabilities."""
+
+    model: str
+    messages: Messages | None = None
+    prompt: str | Sequence[int] = ""
+    truncate: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    top: int | None = None
+
+
+class Start(NamedTuple):
+    """What is known when a reply begins; `dropped` is how many of the oldest messages, or of a text's first
+    tokens, did not fit."""
+
+    prompt_tokens: int
+    dropped: int
+    step: int
+
+
+class Event(NamedTuple):
+    """A Start, a Piece, a Generation or a Failure, by `kind`; `job` counts those of a ticket."""
+
+    job: int
+    kind: Kind
+    value: Any
+
+
+class Failure(NamedTuple):
+    """Why a reply did not begin or broke off. `param` names what the user can change; None: it is our fault."""
+
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Refused(ValueError):
+    """A job that cannot be done, for a reason that its author can mend."""
+
+    def __init__(self, failure: Failure):
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class Busy(RuntimeError):
+    """The queue is full; try again in `seconds`."""
+
+    def __init__(self, seconds: int):
+        super().__init__(f"all places are taken; try again in {seconds} s")
+        self.seconds = seconds
+
+
+class Stopped(RuntimeError):
+    """The engine takes no more jobs."""
+
+
+class Ticket:
+    """The replies to jobs that were submitted together: their events, and the way to end them."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Write no further token. The last event is still an `end`."""
+        self._cancelled.set()
+
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def put(self, event: Event) -> None:
+        self._events.put(event)
+
+    def get(self, timeout: float | None = None) -> Event | None:
+        """The next event; None if there is none within `timeout` seconds."""
+        try:
+            return self._events.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+
+@dataclass(eq=False)
+class Reply:
+    """A job on its way: read (`ids`), then written."""
+
+    job: Job
+    ticket: Ticket
+    index: int
+    ids: list[int]
+    dropped: int
+    settings: Settings
+    asked: float = field(default_factory=time.monotonic)
+    begun: float = 0.0
+    writer: Writer | None = None
+
+    def say(self, kind: Kind, value: Any) -> None:
+        self.ticket.put(Event(self.index, kind, value))
+
+
+def read(job: Job, reader: Reader, ticket: Ticket, index: int) -> Reply:
+    """A job's prompt as ids and its settings as they will hold. Raises Refused."""
+    field_name = "prompt" if job.messages is None else "messages"
+    try:
+        if job.messages is None:
+            ids, dropped = text_ids(reader, job.prompt, job.truncate)
+        else:
+            ids, dropped = chat_ids(reader, job.messages, job.settings.get("max_tokens"))
+        return Reply(job, ticket, index, ids, dropped, within(job.settings, reader, len(ids)))
+    except TooLong as error:
+        raise Refused(Failure(str(error), field_name, "context_length_exceeded")) from None
+    except ValueError as error:
+        raise Refused(Failure(str(error), field_name)) from None
+
+
+def within(settings: dict[str, Any], reader: Reader, length: int) -> Settings:
+    """The settings, with as many tokens as the context still has room for at most. Raises Refused."""
+    size, settings = reader.tokenizer.vocab_size, dict(settings)
+    most = min(settings.get("max_tokens") or reader.context, reader.context - length)
+    least = min(settings.get("min_tokens", 0), most)
+    if settings.get("top_k"):
+        settings["top_k"] = min(settings["top_k"], size)
+    wrong = [i for i in settings.get("logit_bias", {}) if i >= size]
+    if wrong:
+        message = f"logit_bias names token {wrong[0]}; the vocabulary has {size}"
+        raise Refused(Failure(message, "logit_bias"))
+    return Settings(**{**settings, "max_tokens": most, "min_tokens": least})
