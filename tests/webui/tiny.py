@@ -53,6 +53,7 @@ class Script:
 
     def leave(self, slot: Slot) -> None:
         self.closed += 1
+        self.new = [other for other in self.new if other is not slot]
 
     def fill(self, budget: int) -> list[tuple[Slot, torch.Tensor]]:
         new, self.new = self.new, []
