@@ -57,7 +57,8 @@ let hasProbabilities = true; // until the server says that it has none
 // Yields {text}, {tokens}, {start: {dropped, seed, step}}, {finish} and {usage}; throws Refused, or AbortError when stopped.
 export async function* reply(path, body, think, signal) {
   const whole = { ...body, stream: true, stream_options: { include_usage: true } };
-  const wanted = think && hasProbabilities ? { logprobs: true, top_logprobs: 5 } : {};
+  const asking = path.includes("chat") ? { logprobs: true, top_logprobs: 5 } : { logprobs: 5 };
+  const wanted = think && hasProbabilities ? asking : {};
   let response;
   try {
     response = await posted(path, { ...whole, ...wanted }, signal);
@@ -79,10 +80,27 @@ function* parts(chunk) {
   else if (chunk.fnlm) yield { start: chunk.fnlm };
   const choice = chunk.choices?.[0];
   const text = choice?.delta?.content ?? choice?.text;
-  const tokens = choice?.logprobs?.content;
-  if (tokens?.length) yield { tokens };
+  const tokens = choice?.logprobs ? scored(choice.logprobs) : [];
+  if (tokens.length) yield { tokens };
   if (text) yield { text };
   if (choice?.finish_reason) yield { finish: choice.finish_reason };
+}
+
+// Tokens of a chat reply or of a completion, as {bytes, logprob, id, top: [{bytes, logprob, id}]}.
+function scored({ content, tokens, token_logprobs: logprobs, top_logprobs: top, ids }) {
+  if (content) return content.map((token) => ({ ...token, top: token.top_logprobs ?? [] }));
+  return (tokens ?? []).map((token, i) => ({
+    bytes: spelled(token),
+    logprob: logprobs[i],
+    id: ids?.[i],
+    top: Object.entries(top?.[i] ?? {}).map(([other, logprob]) => ({ bytes: spelled(other), logprob })),
+  }));
+}
+
+// A part of a character is spelled as its bytes: \xe2\x80.
+function spelled(token) {
+  if (/^(\\x[0-9a-f]{2})+$/.test(token)) return token.match(/[0-9a-f]{2}/g).map((byte) => parseInt(byte, 16));
+  return [...new TextEncoder().encode(token)];
 }
 
 // The data of server-sent events; comments are heartbeats.

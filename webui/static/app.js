@@ -189,9 +189,10 @@ const actions = {
   branchAt(node, i, text) {
     if (isBusy()) return;
     const before = node.tokens.slice(0, i);
-    const logprob = node.tokens[i][2]?.find(([t]) => t === text)?.[1] ?? 0;
+    const all = node.tokens[i][2];
+    const [, logprob, id] = all.find(([other]) => other === text);
     const content = before.map((token) => token[0]).join("") + text;
-    answer(tree.parentOf(talk, node), { content, tokens: [...before, [text, logprob, node.tokens[i][2]]] });
+    answer(tree.parentOf(talk, node), { content, tokens: [...before, [text, logprob, all, [id]]] });
   },
   prefer(node) {
     tree.choose(talk, node);

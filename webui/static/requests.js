@@ -21,15 +21,14 @@ export function request(talk, node, model, { numbers, system, think }) {
   }
   const asked = messages(talk, parentOf(talk, node), system);
   if (!node.content) return { path: CHAT, think, body: { ...body, messages: asked } };
-  return { path: TEXT, think, body: (signal) => begun(body, asked, node.content, model, signal) };
+  return { path: TEXT, think, body: (signal) => begun(body, asked, node, model, signal) };
 }
 
 // A chat model goes on with a reply: the ids of the conversation up to the reply, and those of what it begins with.
-async function begun(body, asked, prefix, model, signal) {
-  const [before, start] = await Promise.all([
-    api.tokenize(model.name, { messages: asked }, signal),
-    api.tokenize(model.name, { text: prefix }, signal),
-  ]);
-  const prompt = [...before, ...start].map((token) => token.id);
+async function begun(body, asked, node, model, signal) {
+  const tokens = (what) => api.tokenize(model.name, what, signal).then((all) => all.map(({ id }) => id));
+  const said = node.tokens?.flatMap((token) => token[3]) ?? [-1];
+  const start = said.every((id) => id >= 0) ? said : await tokens({ text: node.content });
+  const prompt = [...(await tokens({ messages: asked })), ...start];
   return { ...body, prompt, truncate: true, max_tokens: body.max_tokens ?? model.context };
 }

@@ -1,5 +1,5 @@
 // What the model was thinking: each token of a reply with its probability, coloured by surprise, and what else it might
-// have said. A token is [text, log-probability, [[text, log-probability], ...]].
+// have said. A token is [text, log-probability, [[text, log-probability, id], ...], ids].
 
 import { arrows, beside, button, byId, make } from "./ui.js";
 
@@ -13,27 +13,29 @@ const decoded = (bytes) => {
     return null;
   }
 };
-const textOf = (token, bytes = token.bytes) => (bytes ? decoded(bytes) : token.token);
 
-// Reads tokens as the server sends them; those that share a character become one.
-export function collector(kept = []) {
+// Reads tokens as they come; those that share a character become one. `tokens` holds what was read.
+export function collector(tokens = []) {
   let open = null;
   return {
-    tokens: kept,
+    tokens,
     take(content) {
-      for (const token of content) {
-        const bytes = [...(open?.bytes ?? []), ...(token.bytes ?? new TextEncoder().encode(token.token))];
-        const alternatives = (token.top_logprobs ?? []).map((t) => [textOf(t), t.logprob]).filter(([text]) => text);
-        open = { bytes, logprob: (open?.logprob ?? 0) + token.logprob, alternatives: open?.alternatives ?? alternatives };
-        const text = decoded(bytes);
-        if (text === null && bytes.length < 4) continue;
-        if (text) kept.push([text, rounded(open.logprob), open.alternatives.map(([t, p]) => [t, rounded(p)])]);
+      for (const { bytes, logprob, id, top } of content) {
+        open ??= { bytes: [], logprob: 0, ids: [], top };
+        open.bytes.push(...bytes);
+        open.logprob += logprob;
+        open.ids.push(id ?? -1);
+        const text = decoded(open.bytes);
+        if (text === null && open.bytes.length < 4) continue;
+        if (text) tokens.push([text, rounded(open.logprob), alternatives(open.top), open.ids]);
         open = null;
       }
     },
   };
 }
 
+const alternatives = (top) =>
+  top.map(({ bytes, logprob, id }) => [decoded(bytes), rounded(logprob), id ?? -1]).filter(([text]) => text);
 const rounded = (value) => Math.round(value * 1000) / 1000;
 const shade = (logprob) => BITS.filter((bits) => -logprob / Math.LN2 > bits).length;
 
@@ -44,10 +46,11 @@ export function percent(logprob) {
 
 export const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +| +$/g, (s) => "·".repeat(s.length));
 
-// The tokens as elements; `branch(index, text)` says another in a token's place, where that can be done.
+// The tokens as elements, with the spaces between words beside them; `branch(index, text)` says another in a token's place.
 export function spans(tokens, branch) {
   const nodes = tokens.map((token, i) => {
-    const node = make("span", `token surprise-${shade(token[1])}`, token[0]);
+    const word = token[0].replace(/^ +(?=\S)/, "");
+    const node = make("span", `token surprise-${shade(token[1])}${word.startsWith("\n") ? " breaks" : ""}`, word);
     node.tabIndex = i === 0 ? 0 : -1;
     node.setAttribute("role", "button");
     node.setAttribute("aria-label", `${visible(token[0])}, ${percent(token[1])}`);
@@ -63,7 +66,7 @@ export function spans(tokens, branch) {
     });
     return node;
   });
-  return nodes;
+  return nodes.flatMap((node, i) => [tokens[i][0].slice(0, tokens[i][0].length - node.textContent.length), node]);
 }
 
 let pinned = null; // the token whose card stays

@@ -121,6 +121,5 @@ function said({ role, content, finish, meta, tokens, model }) {
   return kept;
 }
 
-// A token is [text, log-probability, [[text, log-probability], ...]].
 const isPair = (p) => Array.isArray(p) && typeof p[0] === "string" && typeof p[1] === "number";
-const isToken = (t) => isPair(t) && (t[2] === undefined || (Array.isArray(t[2]) && t[2].every(isPair)));
+const isToken = (t) => isPair(t) && Array.isArray(t[2]) && t[2].every(isPair) && Array.isArray(t[3]) && t[3].every(Number.isInteger);

@@ -121,6 +121,7 @@ export function edit(node, element, actions, text = node.content) {
   const box = make("textarea");
   const isMine = node.role === "user";
   box.value = text;
+  box.rows = 1;
   box.setAttribute("aria-label", "New words");
   const grow = () => {
     box.style.height = "auto";

@@ -35,7 +35,6 @@ const ready = async (path, body, signal) => ({ where: path, what: typeof body ==
 
 function take(part, talk, node, state, more) {
   if (part.start) {
-    state.began = performance.now();
     Object.assign(node.meta, { seed: part.start.seed, step: part.start.step });
     if (part.start.dropped) node.meta.dropped = part.start.dropped;
   }

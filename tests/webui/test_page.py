@@ -1,0 +1,429 @@
+"""The page in a real browser, over replies that are echoes: what it keeps, what it lets happen, what it never runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.webui import browser
+from tests.webui.browser import Browser
+from tests.webui.echo import Echo, serving
+from tests.webui.hostile import CORPUS
+from webui.app import create_app
+from webui.engine import Engine
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(browser.found() is None, reason="no Chromium here"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+LAST = "[...document.querySelectorAll('.turn')].at(-1)"
+WORDS = f"{LAST}.querySelector('.words').textContent"
+TURNS = "[...document.querySelectorAll('.turn .words')].map(n => n.textContent.trim())"
+WIDTH = "document.documentElement.scrollWidth"
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = browser.found()
+    assert program is not None
+    page = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield page
+    page.close()
+
+
+class Page:
+    """The page over echoes, with what a hand does there."""
+
+    def __init__(self, page: Browser, echo: Echo, url: str):
+        self.page, self.echo, self.url, self.js, self.wait = page, echo, url, page.js, page.wait
+
+    def load(self) -> None:
+        self.page.open(self.url)
+        self.wait("document.querySelector('#model-name').textContent !== 'No model'")
+
+    def say(self, text: str) -> None:
+        self.js("document.querySelector('#text').focus()")
+        self.page.type(text)
+        self.page.key("Enter", 13, "\r")
+        self.done()
+
+    def done(self) -> None:
+        self.wait("document.querySelector('#stop').hidden && document.querySelector('.turn .tools')")
+
+    def press(self, label: str, where: str = LAST) -> None:
+        self.js(f"{where}.querySelector('[aria-label={json.dumps(label)}]').click()")
+
+    def turns(self) -> list[str]:
+        found: list[str] = self.js(TURNS)
+        return found
+
+    def branches(self) -> str | None:
+        found: str | None = self.js("[...document.querySelectorAll('.count:not(button)')].at(-1)?.textContent")
+        return found
+
+    def kept(self) -> list[Any]:
+        keys = "Object.keys(localStorage).filter(k => k.startsWith('fnlm.talk.'))"
+        found: list[Any] = self.js(f"{keys}.map(k => JSON.parse(localStorage.getItem(k)))")
+        return found
+
+
+@pytest.fixture
+def page(opened: Browser, engine: Engine) -> Iterator[Page]:
+    echo = Echo()
+    opened.size(1280, 800)
+    opened.colours("light")
+    with serving(echo.before(create_app(engine))) as url:
+        found = Page(opened, echo, url)
+        opened.said.clear()
+        opened.open(url)
+        opened.js("localStorage.clear()")
+        found.load()
+        yield found
+        assert not opened.said, opened.said
+
+
+def test_what_was_said_is_there_after_a_reload(page: Page) -> None:
+    page.say("one two")
+    page.say("three")
+    assert page.turns() == ["one two", "one two", "three", "three"]
+    page.load()
+    page.js("document.querySelector('#conversations .title').click()")
+    assert page.turns() == ["one two", "one two", "three", "three"]
+    assert page.js("document.title") == "one two - fnlm"
+    assert [m["content"] for m in page.echo.asked[-1]["messages"]] == ["one two", "one two", "three"]
+
+
+def test_stop_keeps_what_was_written_and_ends_the_reply(page: Page) -> None:
+    page.echo.reply, page.echo.pause = (lambda body: ["word"] * 10_000), 0.01
+    page.js("document.querySelector('#text').focus()")
+    page.page.type("go")
+    page.page.key("Enter", 13, "\r")
+    page.wait(f"{LAST}?.classList.contains('reply') && {WORDS}.length > 30")
+    page.page.key("Escape", 27)
+    page.done()
+    (talk,) = page.kept()
+    reply = next(n for n in talk["nodes"].values() if n.get("role") == "assistant")
+    assert reply["finish"] == "stopped"
+    assert reply["content"].startswith("word word")
+    assert "stopped" in page.js(f"{LAST}.textContent")
+    page.wait("true")
+    while page.echo.left == 0:
+        page.wait("true")
+
+
+def test_branches(page: Page) -> None:
+    page.say("a")
+    page.echo.reply = lambda body: ["second"]
+    page.press("Regenerate")
+    page.done()
+    assert (page.turns(), page.branches()) == (["a", "second"], "2/2")
+    page.press("Branch before")
+    assert (page.turns(), page.branches()) == (["a", "a"], "1/2")
+    page.page.key("ArrowRight", 39)
+    assert page.branches() == "2/2"
+    page.say("b")
+    page.press("Branch before", "document.querySelectorAll('.turn')[1]")
+    assert page.turns() == ["a", "a"]
+    page.press("Branch after")
+    assert page.turns() == ["a", "second", "b", "second"]
+
+
+def test_an_edit_is_a_branch(page: Page) -> None:
+    page.say("a")
+    page.say("b")
+    page.press("Edit", "document.querySelector('.mine')")
+    page.page.do("Input.dispatchKeyEvent", type="rawKeyDown", commands=["selectAll"])
+    page.page.type("c")
+    page.page.key("Enter", 13, "\r")
+    page.done()
+    assert page.turns() == ["c", "c"]
+    page.press("Branch before", "document.querySelector('.mine')")
+    assert page.turns() == ["a", "a", "b", "b"]
+    page.press("Edit")  # a reply: nothing is written anew
+    page.page.type(" more")
+    page.page.key("Enter", 13, "\r")
+    assert page.turns()[-1] == "b more"
+    assert len(page.echo.asked) == 3
+
+
+def test_markdown_is_shown_and_code_is_copied(page: Page) -> None:
+    source = "# Head\n\n**bold** `code`\n\n| a | b |\n|-|-:|\n| 1 | 2 |\n\n```python\nx = 1\n```\n\n- item"
+    page.echo.reply = lambda body: [source]
+    page.say("go")
+    page.wait("document.querySelector('.formatted')")
+    shown = page.js("[...document.querySelectorAll('.formatted *')].map(n => n.tagName).join(' ')")
+    for tag in ("H1", "STRONG", "CODE", "TABLE", "TD", "PRE", "UL", "LI"):
+        assert tag in shown.split()
+    assert page.js("document.querySelector('td[align=right]').textContent") == "2"
+    page.press("Raw text")
+    assert page.js(WORDS) == source
+    page.press("Raw text")
+    page.page.do("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    page.press("Copy code")
+    page.wait("document.querySelector('.code .done')")
+    assert page.js("navigator.clipboard.readText()") == "x = 1"
+
+
+def test_tokens_and_another_in_the_place_of_one(page: Page) -> None:
+    page.js("document.querySelector('#think').click()")
+    page.say("one two three")
+    assert page.js("document.querySelectorAll('.token').length") == 3
+    page.js("document.querySelectorAll('.token')[1].click()")
+    assert page.js("document.querySelector('#thought').matches(':popover-open')")
+    assert "61 %" in page.js("document.querySelector('#thought').textContent")
+    page.js("document.querySelector('#thought button').click()")
+    page.done()
+    assert page.branches() == "2/2"
+    assert page.turns()[-1].startswith("one two!")
+    asked = page.echo.asked[-1]
+    assert (asked["prompt"][-2:], asked["logprobs"]) == ([0, 2], 5)
+    assert "messages" not in asked
+
+
+def test_a_plain_model_writes_one_text(page: Page) -> None:
+    page.echo.kind, page.echo.names = "text", ["plain"]
+    page.load()
+    page.echo.reply = lambda body: [" more"]
+    page.say("Once")
+    page.say(" and")
+    assert page.turns() == ["Once more and more"]
+    page.js("[...document.querySelectorAll('.tools button')].find(n => n.textContent === 'Go on').click()")
+    page.done()
+    assert [a["prompt"] for a in page.echo.asked] == ["Once", "Once more and", "Once more and more"]
+    assert page.echo.asked[0]["min_tokens"] == 10
+    page.press("Write the last part anew")
+    page.done()
+    assert (page.turns(), page.branches()) == (["Once more and more more"], "2/2")
+
+
+def test_the_list_of_conversations(page: Page) -> None:
+    for word in ("apple", "pear"):
+        page.page.click("#new")
+        page.say(word)
+    titles = "[...document.querySelectorAll('#conversations .title')].map(n => n.textContent)"
+    menu = "[...document.querySelectorAll('.menu .item')].find(n => n.textContent === {}).click()"
+    assert page.js(titles) == ["pear", "apple"]
+    page.js("document.querySelector('#search').focus()")
+    page.page.type("appl")
+    assert page.js(titles) == ["apple"]
+    page.page.key("Escape", 27)
+    page.js("document.querySelector('#conversations .tool').click()")
+    page.js(menu.format("'Rename'"))
+    page.page.type("fruit")
+    page.page.key("Enter", 13, "\r")
+    assert page.js(titles) == ["fruit", "apple"]
+    page.js("document.querySelector('#conversations .tool').click()")
+    page.js(menu.format("'Delete'"))
+    assert (page.js(titles), len(page.kept())) == (["apple"], 1)
+    page.js("document.querySelector('#toast .undo').click()")
+    assert (page.js(titles), len(page.kept())) == (["fruit", "apple"], 2)
+    assert page.turns() == ["pear", "pear"]
+
+
+def test_out_to_a_file_and_in_again(page: Page, tmp_path: Path) -> None:
+    page.say("a")
+    page.press("Regenerate")
+    page.done()
+    (before,) = page.kept()
+    file = tmp_path / "talks.json"
+    file.write_text(json.dumps({"conversations": [before, {"messages": [{"role": "user", "content": "hi"}]}, 5]}))
+    page.js("localStorage.clear()")
+    page.load()
+    document = page.page.do("DOM.getDocument")["root"]["nodeId"]
+    node = page.page.do("DOM.querySelector", nodeId=document, selector="#file")["nodeId"]
+    page.page.do("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
+    page.wait("document.querySelectorAll('#conversations li').length === 2")
+    after = next(t for t in page.kept() if t["title"] == "a")
+    said = [[n.get("content") for n in t["nodes"].values()] for t in (before, after)]
+    assert said[0] == said[1]
+    file.write_text("{")
+    page.page.do("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
+    page.wait("document.querySelector('#toast').textContent.includes('holds no conversations')")
+
+
+def test_settings_belong_to_a_model(page: Page) -> None:
+    page.echo.names = ["one", "two"]
+    page.load()
+    field = "document.querySelector('[name={}]')"
+    assert page.js(field.format("min_tokens") + ".value") == "5"
+    typed = "(f => { f.value = '1.5'; f.dispatchEvent(new Event('input', {bubbles: true})); })"
+    page.js(f"{typed}(document.querySelector('#temperature'))")
+    pick = "document.querySelector('#model-button').click(); document.querySelectorAll('.choice')[{}].click()"
+    page.js(pick.format(1))
+    page.wait("document.querySelector('#temperature').value === '0.8'")
+    page.js(pick.format(0))
+    page.wait("document.querySelector('#temperature').value === '1.5'")
+    page.say("hi")
+    assert (page.echo.asked[-1]["temperature"], page.echo.asked[-1]["model"]) == (1.5, "one")
+
+
+def test_two_models_beside_each_other(page: Page) -> None:
+    page.echo.names = ["one", "two"]
+    page.echo.reply = lambda body: [body["model"]]
+    page.load()
+    page.js("document.querySelector('#rival').click()")
+    page.js("[...document.querySelectorAll('.choice')].find(n => n.textContent.startsWith('two')).click()")
+    page.wait("document.querySelector('#rival').textContent === 'two'")
+    page.say("hi")
+    page.wait("document.querySelectorAll('.pair .turn .tools').length === 2")
+    assert sorted(page.turns()) == ["hi", "one", "two"]
+    assert len({a["seed"] for a in page.echo.asked}) == 1
+    page.js("[...document.querySelectorAll('.keep')].find(n => n.getAttribute('aria-label').endsWith('two')).click()")
+    assert page.turns() == ["hi", "two"]
+    page.wait("document.querySelector('#model-name').textContent === 'two'")
+
+
+def test_it_follows_only_from_the_end(page: Page) -> None:
+    page.echo.reply, page.echo.pause = (lambda body: ["line\n"] * 300), 0.003
+    page.js("document.querySelector('#text').focus()")
+    page.page.type("go")
+    page.page.key("Enter", 13, "\r")
+    box = "document.querySelector('#scroll')"
+    page.wait(f"{box}.scrollTop > 400")
+    page.js(f"{box}.scrollTop -= 300")
+    at = page.js(f"{box}.scrollTop")
+    page.done()
+    assert page.js(f"{box}.scrollTop") == at
+    page.js("document.querySelector('#down').click()")
+    assert page.js(f"{box}.scrollHeight - {box}.scrollTop - {box}.clientHeight") < 48
+
+
+def test_storage_that_is_full(page: Page) -> None:
+    page.js("try { for (let i = 0, s = 'x'.repeat(1 << 20); ; i++) localStorage.setItem(`x${i}`, s); } catch {}")
+    page.js("try { for (let i = 0; ; i++) localStorage.setItem(`y${i}`, 'y'.repeat(500)); } catch {}")
+    page.say("still")
+    assert page.turns() == ["still", "still"]
+    assert "no room" in page.js("document.querySelector('#notice').textContent")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (360, "light"), (820, "light"), (1280, "dark")])
+def test_nothing_sticks_out(page: Page, width: int, scheme: str) -> None:
+    page.page.size(width, 740, mobile=width < 900)
+    page.page.colours(scheme)
+    page.echo.reply = lambda body: ["w" * 300, "\n\n```\n" + "c" * 300 + "\n```\n\n|" + "a|" * 40 + "\n|" + "-|" * 40]
+    page.load()
+    page.say("m" * 200)
+    page.wait("document.querySelector('.formatted pre')")
+    assert page.js(WIDTH) == width
+    dark = page.js("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] < 100")
+    assert dark == (scheme == "dark")
+    sizes = "[...document.querySelectorAll('input, textarea')].map(n => parseFloat(getComputedStyle(n).fontSize))"
+    assert page.js(f"Math.min(...{sizes})") >= 16  # a phone would zoom in on a smaller one
+
+
+def test_every_control_has_a_name(page: Page) -> None:
+    page.say("a")
+    page.page.do("Accessibility.enable")
+    nodes = page.page.do("Accessibility.getFullAXTree")["nodes"]
+    roles = {"button", "textbox", "searchbox", "spinbutton", "slider", "checkbox", "link"}
+    named = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if not n.get("ignored")]
+    assert len([n for n in named if n[0] in roles]) > 20
+    assert not [role for role, name in named if role in roles and not name]
+
+
+SCAN = """(() => {
+  const found = [];
+  for (const node of document.querySelectorAll('*')) {
+    for (const {name, value} of node.attributes) {
+      const isOurs = name !== 'style' || node.matches('textarea, .bar, .menu, .thought');
+      const isScript = /^on/i.test(name) || /^\\s*(javascript|data|vbscript):/i.test(value);
+      if (isScript || !isOurs) found.push(`${node.tagName} ${name}=${value}`);
+    }
+    if (/^(IFRAME|OBJECT|EMBED|IMG|STYLE|BASE|FRAME|VIDEO|AUDIO|MATH)$/i.test(node.tagName)) found.push(node.tagName);
+    if (node.tagName === 'SCRIPT' && !node.src.startsWith(location.origin + '/static/')) found.push('SCRIPT');
+  }
+  return found;
+})()"""
+
+
+def test_nothing_untrusted_runs(page: Page) -> None:
+    page.echo.names = CORPUS
+    page.echo.reply = lambda body: [str(body["messages"][-1]["content"])]
+    page.page.do("Page.addScriptToEvaluateOnNewDocument", source=(
+        "window.ran = []; window.pwned = () => ran.push('ran'); window.alert = pwned;"
+        "document.addEventListener('securitypolicyviolation', e => ran.push(e.violatedDirective + ' ' + e.blockedURI));"
+    ))  # fmt: skip
+    page.load()
+    for i, words in enumerate(CORPUS):
+        page.js(f"document.querySelector('#model-button').click(); document.querySelectorAll('.choice')[{i}].click()")
+        page.js("document.querySelector('#new').click()")
+        page.js("document.querySelector('#think').click()" if i % 10 == 5 else "1")
+        page.js(f"document.querySelector('#text').value = {json.dumps(words)}")
+        page.js("document.querySelector('#composer').requestSubmit()")
+        page.done()
+        assert page.js("document.querySelector('.mine .words').textContent") == words
+        assert page.js("document.querySelector('#model-name').textContent") == words
+        page.wait(f"document.querySelector('.formatted, .thoughts') || {WORDS}.trim() === ''")
+        assert page.js(SCAN) == [], words
+    page.load()
+    page.js("document.querySelectorAll('#conversations .title').forEach(n => n.click())")
+    page.wait("document.querySelector('.formatted, .thoughts')")
+    assert page.js(SCAN) == []
+    assert page.js("ran") == []
+    assert len(page.kept()) == len(CORPUS)
+    assert page.js("({}).polluted === undefined && Object.keys(Object.prototype).length") == 0
+
+
+def test_the_tree_of_a_conversation(page: Page) -> None:
+    code = """(async () => {
+      const t = await import('/static/tree.js');
+      let seed = 1;
+      const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
+      for (let round = 0; round < 60; round++) {
+        const talk = t.begin('m', 'chat');
+        for (let i = 0; i < 40; i++) {
+          const nodes = Object.values(talk.nodes);
+          const node = nodes[random(nodes.length)];
+          const step = random(10);
+          if (step < 6) t.add(talk, node, {role: i % 2 ? 'assistant' : 'user', content: `${i}`});
+          else if (node.parent && step < 8) t.turnTo(talk, node, random(3) - 1);
+          else if (node.parent && step === 9) t.drop(talk, node);
+          for (const n of Object.values(talk.nodes)) {
+            if (n.children.some((id) => talk.nodes[id]?.parent !== n.id)) return 'a child is not below its parent';
+            if (n.children.length && !talk.nodes[n.children[n.at]]) return 'a branch that is not there is shown';
+          }
+        }
+        const said = (x) => JSON.stringify(t.path(x).map((n) => n.content));
+        const again = t.restored(JSON.parse(JSON.stringify(talk)));
+        if (said(again) !== said(talk)) return `${said(talk)} came back as ${said(again)}`;
+        if (Object.keys(again.nodes).length !== Object.keys(talk.nodes).length) return 'turns were lost';
+      }
+      const bad = [null, 5, [], {}, {nodes: {}}, {nodes: {root: {children: ['root', '__proto__', 'x']}, x: 5}},
+        {messages: 5},
+        {nodes: {root: {children: ['a']}, a: {role: 'user', content: 'x', children: ['a', 'root', 'a']}}}];
+      return bad.map((b) => t.restored(b)).map((b) => (b ? t.path(b).length : -1)).join();
+    })()"""
+    assert page.js(code) == "-1,-1,-1,-1,-1,0,-1,1"
+
+
+def test_the_real_thing(opened: Browser, engine: Engine) -> None:
+    """Through the engine and the API: a reply, its tokens, the prompt's, and a branch from one."""
+    opened.size(1280, 800)
+    with serving(create_app(engine)) as url:
+        page = Page(opened, Echo(), url)
+        opened.said.clear()
+        opened.open(url)
+        opened.js("localStorage.clear()")
+        for name, kind in (("plain", "document"), ("talk", "reply")):
+            page.load()
+            page.js("document.querySelector('#model-button').click()")
+            page.js(f"[...document.querySelectorAll('.choice')].find(n => n.textContent.startsWith('{name}')).click()")
+            page.js("document.querySelector('#think').click()")
+            opened.js("document.querySelector('#text').focus()")
+            opened.type("abc")
+            opened.wait("document.querySelector('#count').textContent === '3 tokens'")
+            opened.key("Enter", 13, "\r")
+            page.done()
+            page.wait(f"document.querySelector('.{kind} .token')")
+            count = page.js("document.querySelectorAll('.token').length")
+            assert count >= 3
+            page.js("document.querySelectorAll('.token')[1].click()")
+            page.js("document.querySelector('#thought button').click()")
+            page.done()
+            assert page.branches() == "2/2"
+        assert not opened.said, opened.said
