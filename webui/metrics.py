@@ -33,14 +33,8 @@ class Metrics:
         with self._lock:
             self._counts[name, f"{{{inner}}}" if inner else ""] += n  # type: ignore[assignment]
 
-    def step(self, tokens: int, seconds: float) -> None:
-        """A step that wrote a token each for some replies."""
-        self.add("fnlm_step_seconds_total", seconds)
-        self.add("fnlm_tokens_total", tokens)
-
     def first(self, seconds: float, prompt: int, reused: int) -> None:
         """The first token of a reply, that many seconds after it was asked for."""
-        self.add("fnlm_tokens_total")
         self.add("fnlm_prompt_tokens_total", prompt)
         self.add("fnlm_prompt_tokens_reused_total", reused)
         with self._lock:

@@ -66,7 +66,7 @@ class Stage:
             began = time.perf_counter()
             if new:
                 self._say(*self._batch.advance(new))
-                self._metrics.step(len(new), time.perf_counter() - began)
+                self._metrics.add("fnlm_step_seconds_total", time.perf_counter() - began)
             read = self._batch.fill(SHORT if new else CHUNK)
             if read:
                 self._say([slot for slot, _ in read], torch.stack([logits for _, logits in read]))
@@ -86,6 +86,7 @@ class Stage:
         replies = [self.replies[slot] for slot in slots]
         writers = [reply.writer for reply in replies if reply.writer is not None]
         ids, scores = chosen(writers, logits)
+        self._metrics.add("fnlm_tokens_total", len(ids))
         for slot, reply, writer, token, score in zip(slots, replies, writers, ids, scores, strict=True):
             first = writer.step == 0
             try:

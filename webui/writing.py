@@ -12,7 +12,7 @@ from torch import Tensor
 from fnlm import random
 from fnlm.generate import Finish, Generation, Text, Token, end_ids
 from fnlm.sampling import History, Settings, choose, draws, extended, filtered, history_of, shaped
-from fnlm.tokenizers import Tokenizer
+from fnlm.tokenizers import StreamDecoder, Tokenizer
 
 
 class Scored(NamedTuple):
@@ -45,10 +45,11 @@ class Writer:
     next: int | None = None  # the token that the model has not seen yet
     history: History | None = None
     _pending: list[Scored] = field(default_factory=list)
-    _bytes: int = 0
-    _said: int = 0
+    _told: int = 0  # characters before the next token that waits
+    _said: int = 0  # characters that have become certain
 
     def __post_init__(self) -> None:
+        self._decoder = StreamDecoder(self.tokenizer)
         self.text = Text(self.tokenizer, self.prompt, self.settings.stop)
         self.ends = end_ids(self.tokenizer).union(self.settings.stop_ids)
         key = random.fold_in(random.key(self.seed % (1 << 64)), torch.arange(1))[0]  # as `generate` has for one row
@@ -104,13 +105,13 @@ class Writer:
 
     def _certain(self, text: str) -> tuple[Scored, ...]:
         """Of the tokens that wait, those of which a letter has been said; at an end that is no stop string, all."""
-        self._said += len(text.encode("utf-8"))
+        self._said += len(text)
         finish, drawn = self.text.finish, self.next in self.ends
         cut = finish == "stop" and not drawn
         out = []
-        while self._pending and (self._bytes < self._said or (finish is not None and not cut)):
+        while self._pending and (self._told < self._said or (finish is not None and not cut)):
             out.append(self._pending.pop(0))
-            self._bytes += len(self.tokenizer.table[out[-1].id])
+            self._told += len(self._decoder.push(out[-1].id))
         return tuple(out)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
+from fnlm.decode import decode, init_cache
 from tests.webui.tiny import Script, save
 from webui.app import create_app, is_local
 from webui.engine import Engine
@@ -403,3 +407,76 @@ def test_hung_up_while_it_waits(slow: tuple[Engine, Script]) -> None:
     while engine.load()["active"]:
         pass
     assert script.closed <= 1
+
+
+def test_tokens_and_back(client: FlaskClient) -> None:
+    body = client.post("/v1/tokenize", json={"model": "plain", "text": "aé<|im_end|>"}).get_json()
+    assert body["count"] == len(body["tokens"]) == 3 + len("<|im_end|>")
+    assert body["tokens"][:2] == [
+        {"id": 97, "text": "a", "special": False},
+        {"id": 0xC3, "text": "\\xc3", "special": False},
+    ]
+    ids = [t["id"] for t in body["tokens"]]
+    assert client.post("/v1/detokenize", json={"model": "plain", "tokens": ids}).get_json() == {"text": "aé<|im_end|>"}
+    body = client.post("/v1/tokenize", json={"model": "talk", "messages": HELLO["messages"]}).get_json()
+    assert body["tokens"][0] == {"id": 257, "text": "<|im_start|>", "special": True}
+    assert body["count"] == client.post(CHAT, json=HELLO).get_json()["usage"]["prompt_tokens"]
+    for wrong, param in (({}, "text"), ({"text": 1}, "text"), ({"text": "a", "messages": []}, "text")):
+        assert error(client.post("/v1/tokenize", json={"model": "plain", **wrong}), 400)["param"] == param
+    assert error(client.post("/v1/detokenize", json={"model": "plain", "tokens": [259]}), 400)["param"] == "tokens"
+
+
+def test_log_probabilities_are_of_the_text(client: FlaskClient) -> None:
+    """Streamed or not; a stop string cuts the tokens as it cuts the text."""
+    asked = {**HELLO, "logprobs": True, "top_logprobs": 2, "max_tokens": 30, "temperature": 1.5}
+    for seed in range(5):
+        whole = client.post(CHAT, json={**asked, "seed": seed}).get_json()["choices"][0]
+        content = whole["logprobs"]["content"]
+        text = bytes(b for t in content for b in t["bytes"]).decode("utf-8", "replace")
+        assert text == whole["message"]["content"]
+        assert all(t["top_logprobs"][0]["logprob"] >= t["logprob"] for t in content)
+        parts = lines(client.post(CHAT, json={**asked, "seed": seed, "stream": True}))
+        streamed = [t for p in parts for t in (p["choices"][0]["logprobs"] or {"content": []})["content"]]
+        assert streamed == content
+        if len(text) > 8 and text[7] not in text[:7] and ord(text[7]) < 128:
+            cut = client.post(CHAT, json={**asked, "seed": seed, "stop": text[7]}).get_json()["choices"][0]
+            assert cut["message"]["content"] == text[:7]
+            said = bytes(b for t in cut["logprobs"]["content"] for b in t["bytes"])
+            assert said.decode("utf-8", "replace") == text[:7]
+    plain = client.post(CHAT, json=HELLO).get_json()["choices"][0]
+    assert plain["logprobs"] is None
+
+
+def test_log_probabilities_are_the_models(client: FlaskClient, engine: Engine) -> None:
+    body = client.post(TEXT, json={**PLAIN, "temperature": 0, "logprobs": 1}).get_json()["choices"][0]["logprobs"]
+    model = engine.models.get("plain")
+    cache, prompt = init_cache(model.cfg, 1), list(b"abc")
+    for token, said in zip(body["ids"], body["token_logprobs"], strict=True):
+        logits, cache = decode(model.weights, torch.tensor([prompt]), model.cfg, cache)
+        assert said == pytest.approx(float(logits.log_softmax(-1)[0, token]), abs=1e-4)
+        prompt = [token]
+
+
+def test_metrics(client: FlaskClient) -> None:
+    def of(name: str) -> float:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").get_data(as_text=True), re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    done = 'fnlm_requests_total{route="/v1/completions",status="200"}'
+    before = of("fnlm_tokens_total"), of(done), of("fnlm_time_to_first_token_seconds_count")
+    client.post(TEXT, json={**PLAIN, "n": 2})
+    after = of("fnlm_tokens_total"), of(done), of("fnlm_time_to_first_token_seconds_count")
+    assert [b - a for a, b in zip(before, after, strict=True)] == [24, 1, 2]
+    assert client.get("/metrics").content_type.startswith("text/plain; version=0.0.4")
+    for row in client.get("/metrics").get_data(as_text=True).splitlines():
+        assert re.fullmatch(r"# (HELP|TYPE) \w+ .+|\w+(\{[^{}]*\})? [\d.e+-]+", row), row
+
+
+def test_the_log_has_no_prompt(client: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        response = client.post(TEXT, json={**PLAIN, "prompt": "my secret"})
+        client.post(TEXT, json={**PLAIN, "prompt": ["my secret"], "temperature": -1})
+        client.post("/v1/my secret")
+    assert response.headers["X-Request-Id"] in caplog.text
+    assert "wrote 12 length" in caplog.text
+    assert "secret" not in caplog.text

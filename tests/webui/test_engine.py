@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from fnlm import checkpoint, data
 from tests.webui.tiny import Script, save
+from webui.batch import CHUNK, SHORT, Batch
 from webui.engine import Busy, Engine, Event, Job, Refused, Stopped, Ticket
 from webui.models import Models
 from webui.prompts import TooLong, chat_ids, text_ids
@@ -286,3 +288,107 @@ def test_the_beginning_of_a_text_is_left_out_when_asked(engine: Engine) -> None:
     assert text_ids(model, "b" * 48, truncate=True) == ([98] * 48, 0)
     with pytest.raises(TooLong):
         text_ids(model, "a" * 64)
+
+
+class Steps(Batch):
+    """Notes what each step does: the rows that go on, and the tokens of prompts that are read."""
+
+    log: ClassVar[list[tuple[str, int]]] = []
+
+    def advance(self, new: Any) -> Any:
+        self.log.append(("write", len(new)))
+        return super().advance(new)
+
+    def fill(self, budget: int = CHUNK) -> Any:
+        before = sum(s.missing for s in self.slots if s.taken)
+        done = super().fill(budget)
+        if before:
+            self.log.append(("read", before - sum(s.missing for s in self.slots if s.taken)))
+        return done
+
+
+def test_a_long_prompt_is_read_between_the_tokens_of_others(build: Callable[..., Engine]) -> None:
+    """Between two tokens of a stream at most SHORT tokens of prompts are read, however long they are."""
+    Steps.log = []
+    engine = build(batch=Steps)
+    stream = engine.submit([Job("plain", settings={"max_tokens": 300, "min_tokens": 300})])
+    first_text(stream)
+    long = engine.submit([Job("plain", prompt="abcdefg " * 180, settings={"max_tokens": 3, "min_tokens": 3})])
+    rest(long)
+    stream.cancel()
+    rest(stream)
+    reads = [i for i, (kind, _) in enumerate(Steps.log) if kind == "read"][1:]
+    assert len(reads) == -(-1440 // SHORT)
+    assert all(Steps.log[i][1] <= SHORT for i in reads)
+    assert all(Steps.log[i + 1][0] == "write" for i in reads)  # the stream had a token after each
+
+
+def test_a_conversations_next_turn_reads_only_what_is_new(tmp_path: Path) -> None:
+    save(tmp_path / "talk", "chat", seq_len=256)
+    engine = Engine(Models([tmp_path]), streams=2).start()
+
+    def turn(*said: str) -> Any:
+        roles = ["user", "assistant"] * len(said)
+        messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+        settings = {"max_tokens": 8, "min_tokens": 8, "temperature": 0}
+        return rest(engine.submit([Job("talk", messages, settings=settings)]))[-1].value
+
+    def reused() -> int:
+        found = re.search(r"^fnlm_prompt_tokens_reused_total (\d+)", engine.metrics.text({}), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    answer = turn("h")
+    before = reused()
+    turn("h", answer.text, "o")
+    assert reused() - before >= len("<user\nh>\n<assistant\n")
+    engine.stop()
+
+
+def test_a_running_reply_is_written_to_its_end_by_the_old_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path / "a", "text", step=1, seq_len=4096)
+    engine = Engine(Models([tmp_path]), streams=2).start()
+    old = engine.submit([Job("a", settings={"max_tokens": 4000, "min_tokens": 4000})])
+    first_text(old)
+    save(tmp_path / "a", "text", step=2, seed=5, seq_len=4096)
+    new = rest(engine.submit([Job("a", settings={"max_tokens": 5})]))
+    assert new[0].value.step == 2
+    first_text(old)
+    old.cancel()
+    assert rest(old)[-1].value.finish == "cancelled"
+    engine.stop()
+
+
+def test_a_model_that_is_loaded_does_not_hold_up_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        save(tmp_path / name, "text", seq_len=4096)
+    models, go = Models([tmp_path]), threading.Event()
+    load = models._load
+
+    def slow(name: str, path: Path) -> Any:
+        assert name == "a" or go.wait(20)
+        return load(name, path)
+
+    monkeypatch.setattr(models, "_load", slow)
+    engine = Engine(models, streams=2).start()
+    a = engine.submit([Job("a", settings={"max_tokens": 4000, "min_tokens": 4000})])
+    first_text(a)
+    b = engine.submit([Job("b", settings={"max_tokens": 5})])
+    for _ in range(20):
+        first_text(a)
+    assert engine.load() == {"active": 1, "waiting": 1}
+    a.cancel()
+    go.set()
+    assert rest(b)[-1].kind == "end"
+    engine.stop()
+
+
+def test_a_model_that_cannot_be_loaded_is_one_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = save(tmp_path / "a", "text")
+    engine = Engine(Models([tmp_path]), streams=2).start()
+    assert engine.models.reader("a").context == 64
+    (path / "params.safetensors").write_bytes(b"torn")
+    for _ in range(2):
+        last = rest(engine.submit([Job("a")]))[-1]
+        assert last.value.message == "a cannot be loaded; the server's log says why"
+    assert engine.load() == {"active": 0, "waiting": 0}
+    engine.stop()
