@@ -61,6 +61,7 @@ class ModelConfig:
     dropout_attn: float = 0.0
     dropout_residual: float = 0.0
     ngrams: tuple[tuple[int, int], ...] = ()  # (order, rows) of hashed n-gram input embeddings
+    token_shift: float = 0.0  # this much of the embedding one position back is added to each
     dropout_ngram: float = 0.0  # whole rows of the orders above 2
     init: Init = "gpt2"
     init_std: float = 0.02
@@ -92,6 +93,8 @@ class ModelConfig:
         self._check_head()
 
     def _check_positions(self) -> None:
+        if not 0 <= self.token_shift <= 1:
+            raise ValueError(f"token_shift={self.token_shift} is not from 0 to 1; the usual value is 0.5")
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps={self.norm_eps} must be positive; the usual value is 1e-5")
         if self.positions == "rope" and (self.rope_dim % 2 or not 2 <= self.rope_dim <= self.head_dim):

@@ -25,7 +25,7 @@ from fnlm.collectives import LOCAL, Axes, Axis, enter, gather, leave, psum, pvar
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
 from fnlm.dropout import dropout
-from fnlm.kernels import needs_plain, rotate
+from fnlm.kernels import joined_linear, needs_plain, rotate
 from fnlm.mlp import mlp
 from fnlm.rotary import amplitude, frequencies
 from fnlm.sublayers import attention_sublayer, mlp_sublayer
@@ -82,7 +82,7 @@ def hidden(
         name, mine = f"blocks.{i}", keys and keys[2 + 3 * i : 5 + 3 * i]
 
         def layer(x: Tensor, name: str = name, mine: list[Tensor] | None = mine) -> Tensor:
-            return run(use(name, groups[name]), x, cfg, places, mine, axes, compute)
+            return run(use(name, groups[name]), x, cfg, places, mine, axes, compute, use is not identity)
 
         x = (
             checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
@@ -93,14 +93,24 @@ def hidden(
 
 
 def _block(
-    p: Params, x: Tensor, cfg: ModelConfig, places: Places, keys: list[Tensor] | None, axes: Axes, compute: Compute
+    p: Params,
+    x: Tensor,
+    cfg: ModelConfig,
+    places: Places,
+    keys: list[Tensor] | None,
+    axes: Axes,
+    compute: Compute,
+    lean: bool = False,
 ) -> Tensor:
-    """One transformer block, (B, T, D) -> (B, T, D); pre-norm, sequential or parallel residual (GPT-J)."""
+    """One transformer block, (B, T, D) -> (B, T, D); pre-norm, sequential or parallel residual (GPT-J).
+
+    `lean`: parameters are not here to stay, and nothing as large as they are is kept for the backward pass.
+    """
     if compute.kernels == "auto" and _by_hand(x, cfg, keys, axes):
         return mlp_sublayer(p, attention_sublayer(p, x, cfg, places), cfg)
     att, res1, res2 = keys or (None, None, None)
     first = (places.start + (axes.sequence.index * x.shape[1] if axes.sequence else 0), 0)
-    a = _attend(p, norm(p, "attn_norm", x, cfg, axes.sequence), cfg, places, att, axes, compute)
+    a = _attend(p, norm(p, "attn_norm", x, cfg, axes.sequence), cfg, places, att, axes, compute, lean)
     a = dropout(a, cfg.dropout_residual, res1, first)
     y = x if cfg.parallel_residual else x + a
     m = mlp(p, norm(p, "mlp_norm", y, cfg, axes.sequence), cfg, axes, compute.kernels)
@@ -116,14 +126,15 @@ def _by_hand(x: Tensor, cfg: ModelConfig, keys: list[Tensor] | None, axes: Axes)
 
 
 def _attend(
-    p: Params, x: Tensor, cfg: ModelConfig, places: Places, key: Tensor | None, axes: Axes, compute: Compute
+    p: Params, x: Tensor, cfg: ModelConfig, places: Places, key: Tensor | None, axes: Axes, compute: Compute, lean: bool
 ) -> Tensor:
     """Multi-head attention, (B, T, D) -> (B, T, D); however many heads the weights hold are computed here."""
     n_kv, n_q = (p[f"attn.{name}.weight"].shape[0] // cfg.head_dim for name in "kq")
-    # One product for q, k and v: three narrow ones read the input three times.
-    weight = torch.cat([p["attn.q.weight"], p["attn.k.weight"], p["attn.v.weight"]])
+    weights = [p[f"attn.{name}.weight"] for name in "qkv"]
+    by_hand = lean and compute.kernels == "auto" and not needs_plain()
     bias = torch.cat([p["attn.q.bias"], p["attn.k.bias"], p["attn.v.bias"]]) if cfg.has_qkv_bias else None
-    qkv = rearrange(F.linear(enter(x, axes), weight, bias), "B T (A K) -> B T A K", K=cfg.head_dim)
+    qkv = joined_linear(enter(x, axes), weights, bias, by_hand)
+    qkv = rearrange(qkv, "B T (A K) -> B T A K", K=cfg.head_dim)
     if cfg.qk_norm or places.rotation is not None:
         qk, v = qkv.split([n_q + n_kv, n_kv], 2)
         q, k = turn(p, qk, n_q, cfg, places, axes, compute).split([n_q, n_kv], 2)

@@ -29,7 +29,7 @@ _DROP: Any = {"dropout_embed": 0.2, "dropout_attn": 0.2, "dropout_residual": 0.2
 # fmt: off
 PRESETS: dict[str, ModelConfig] = {
     #                            vocab   L   H     D     T
-    "demo":              _model(   512,  4,  2,  128,  128, **_FAST, ngrams=((2, 16384),)),
+    "demo":              _model(   657,  2,  2,  128,  256, **_FAST, ngrams=((2, 4096), (3, 8192), (4, 16384)), token_shift=0.5),
     "shakespeare-speedrun": _model( 65,  5,  2,  128,  128, **_FAST, ngrams=((2, 4356), (3, 16384), (4, 65536))),
     "shakespeare-speedrun-pure": _model(65, 5, 2, 128, 128, **_FAST),
     "shakespeare-char":  _model(    65,  6,  6,  384,  256, **_DROP),  # nanoGPT's two character models
@@ -45,7 +45,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 _T = TrainConfig
 TRAINING: dict[str, TrainConfig] = {
-    "demo": _T(steps=3000, batch_size=16, optimizer="muon", lr=4e-3, schedule="wsd"),
+    "demo": _T(steps=1800, batch_size=8, optimizer="muon", lr=1e-2, schedule="wsd"),
     "shakespeare-speedrun": _T(steps=1350, batch_size=16, optimizer="muon", lr=1e-2, muon_table_decay=1.0, muon_steps=4,
                                schedule="wsd", decay_steps=810, warmup=27),
     "shakespeare-char": _T(steps=5000, batch_size=64, lr=1e-3, min_lr=1e-4, warmup=100, b2=0.99),
@@ -59,7 +59,7 @@ _LARGER = ("gpt2-medium", "gpt2-large", "gpt2-xl")
 TRAINING |= {"shakespeare-speedrun-pure": TRAINING["shakespeare-speedrun"], **dict.fromkeys(_LARGER, TRAINING["gpt2"])}
 
 FINETUNING: dict[str, TrainConfig] = {
-    "demo": _T(steps=1000, batch_size=16, optimizer="muon", lr=1e-3, muon_lr=5e-3, schedule="linear"),
+    "demo": _T(steps=1800, batch_size=8, optimizer="muon", lr=5e-3, schedule="linear"),
     "ryan-12m": _T(steps=1000, batch_size=32, micro_batches=2, lr=3e-5, min_lr=3e-6, warmup=50),
     "gpt2": _T(steps=5000, batch_size=4, micro_batches=4, lr=1e-5, warmup=100, dropout=0.1),
 }

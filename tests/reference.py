@@ -36,12 +36,19 @@ def sample(p: Params, tokens: list[int], cfg: Any) -> list[Tensor]:
 
 
 def embedding(p: Params, tokens: list[int], t: int, cfg: Any) -> Tensor:
-    x = p["embed.tokens.weight"][tokens[t]]
-    for order, rows in cfg.ngrams:
-        x = x + p[f"embed.ngram{order}.weight"][ngram_row(tokens, t, order, rows, cfg.vocab_size)]
+    x = words(p, tokens, t, cfg)
+    if t > 0:
+        x = x + cfg.token_shift * words(p, tokens, t - 1, cfg)
     if cfg.positions == "learned":
         x = x + p["embed.positions.weight"][t]
     return normalise(p, "embed_norm", x, cfg) if cfg.embed_norm else x
+
+
+def words(p: Params, tokens: list[int], t: int, cfg: Any) -> Tensor:
+    x = p["embed.tokens.weight"][tokens[t]]
+    for order, rows in cfg.ngrams:
+        x = x + p[f"embed.ngram{order}.weight"][ngram_row(tokens, t, order, rows, cfg.vocab_size)]
+    return x
 
 
 def ngram_row(tokens: list[int], t: int, order: int, rows: int, vocab_size: int) -> int:
@@ -192,6 +199,8 @@ CASES: dict[str, dict[str, Any]] = {
     "softcap": {"logit_softcap": 2.0},
     "embed-norm": {"embed_norm": True, "bias": True},
     "ngrams": {"ngrams": ((2, 144), (3, 50), (4, 7))},
+    "token-shift": {"token_shift": 0.5},
+    "token-shift-ngrams": {"token_shift": 1.0, "ngrams": ((2, 144), (3, 50)), "embed_norm": True},
     "ngram-hash": {"ngrams": ((3, 9), (20, 31))},
     "untied": {"tied": False},
     "mup": {"init": "mup", "mup_base": 8},

@@ -25,7 +25,7 @@ def test_known_counts() -> None:
     assert gpt2.without_embeddings == 85_056_000
     assert budget.counts(PRESETS["gpt2-xl"]).total == 1_557_611_200
     assert budget.counts(PRESETS["ryan-12m"]).without_norms == 12_492_800
-    assert budget.counts(PRESETS["demo"]).head == 512 * 128
+    assert budget.counts(PRESETS["demo"]).head == 657 * 128
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

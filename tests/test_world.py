@@ -24,7 +24,7 @@ def tokens(text: str) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    return re.split(r"(?<=[.?!]) ", text)
+    return re.split(r"(?<=[.?!])\s", text)
 
 
 def told_and_asked(story: str) -> tuple[list[str], list[str]]:
@@ -58,9 +58,9 @@ class Reader:
     def read(self, said: list[str]) -> None:
         names = [w for w in said if w in W.names]
         things = [w for w in said if w in W.objects]
-        if "gives" in said:
+        if "gave" in said:
             self.holder[things[0]] = names[1]
-        elif names and things and "to" not in said[:2]:
+        elif names and things:
             self.holder[things[0]] = names[0]
         for thing, name in self.holder.items():
             self.held[name].add(thing)
@@ -108,7 +108,7 @@ QUESTIONS = world.questions(0, 360)
 
 def test_the_same_text_everywhere() -> None:
     texts = [*world.stories(7, 300), *map(str, world.chats(7, 300)), *map(str, world.questions(7, 90))]
-    assert sha256("\n".join(texts).encode()).hexdigest()[:16] == "58f861af3860a2cd"
+    assert sha256("\n".join(texts).encode()).hexdigest()[:16] == "b45f7ae878baca82"
 
 
 def test_text_i_depends_on_seed_and_i_only() -> None:
@@ -120,9 +120,11 @@ def test_text_i_depends_on_seed_and_i_only() -> None:
 
 def test_stories_are_short_and_differ_in_length() -> None:
     texts = list(world.stories(5, 2000))
-    assert {len(told_and_asked(text)[0]) for text in texts} == {2, 3, 4, 5, 6, 7, 8}
+    lengths = {len(told_and_asked(text)[0]) for text in texts}
+    assert (min(lengths), max(lengths)) == (5, 17)
+    assert len(lengths) > 8
     assert {len(told_and_asked(text)[1]) for text in texts} == {2 * n for n in W.asked}
-    assert max(len(tokens(text)) for text in texts) < 190
+    assert max(len(tokens(text)) for text in texts) < 240
 
 
 def test_few_words() -> None:
@@ -134,17 +136,20 @@ def test_few_words() -> None:
 def test_chats_are_turns_that_end_with_the_assistant() -> None:
     for chat in world.chats(2, 500):
         assert [m["role"] for m in chat] == ["user", "assistant"] * (len(chat) // 2)
-        assert 2 <= len(chat) <= 6
+        assert 2 <= len(chat) <= 12
         assert all(m["content"] == m["content"].strip() != "" and set(m) == {"role", "content"} for m in chat)
 
 
-def test_what_is_asked_follows_its_object() -> None:
+def test_a_story_ends_in_the_words_of_its_answers() -> None:
+    """Who reads on where the same words stood before has the answer, but for "one thing" and "It is the red kite"."""
+    other = 0
     for story in world.stories(4, 500):
-        text = " ".join(told_and_asked(story)[0])
-        for thing in {*tokens(text)} & {*W.objects}:
-            rest = [w for w in tokens(text.partition(thing)[2].partition(f"The {thing}")[2]) if w not in W.objects]
-            near = rest[: rest.index(".")]
-            assert {*near} & {*W.names} and {*near} & {*W.colours}, text
+        told, asked = told_and_asked(story)
+        for answer in asked[1::2]:
+            known = any(sentence in told for sentence in sentences(answer.replace(", and ", ". ")))
+            assert known or "one thing" in answer or answer.startswith("It is"), story
+            other += not known
+    assert other
 
 
 @pytest.mark.parametrize("make", [world.stories, world.chats, world.questions, world.nats])
@@ -170,7 +175,7 @@ def small(**fields: tuple[object, ...]) -> world.Grammar:
     "grammar",
     [
         small(),
-        small(people=(1,), layouts=W.layouts, has=W.has, stays=W.stays, both=W.both, owns=W.owns, goes=W.goes),
+        small(people=(1,), layouts=W.layouts, has=W.has, stays=W.stays, both=W.both, goes=W.goes),
         small(people=(1, 2), places=W.places[:6]),
         small(people=(1,), asked=(0, 1, 2)),
         small(people=(2,), places=W.places[:5], names=W.names[:3], gives=W.gives[:2]),
@@ -199,12 +204,12 @@ def test_two_choices_of_one_text_are_noticed() -> None:
 
 
 def test_nats_are_those_of_each_story() -> None:
-    lengths = list(world.nats(11, 4000))
+    lengths = list(world.nats(11, 8000))
     mean = sum(lengths) / len(lengths)
     error = math.sqrt(sum((x - mean) ** 2 for x in lengths)) / len(lengths)
     assert abs(mean - world.entropy()) < 4 * error < 1
     story, length = next(world.stories(11, 1)), lengths[0]
-    assert {story} == {s for s, x in zip(world.stories(11, 4000), lengths, strict=True) if x == length and s == story}
+    assert {story} == {s for s, x in zip(world.stories(11, 8000), lengths, strict=True) if x == length and s == story}
 
 
 # Held out
@@ -323,7 +328,7 @@ def test_score_wants_one_answer_to_each() -> None:
 def test_the_page_shows_what_is_written() -> None:
     page = PAGE.read_text(encoding="utf-8")
     shown = " ".join(page.replace("> ", "").split())
-    assert all(story in shown for story in world.stories(0, 3))
+    assert all(" ".join(story.split()) in shown for story in world.stories(0, 3))
     for q in world.questions(0, 9):
         assert f"| `{q.kind}` |" in page
     assert f"{world.entropy():.2f} nats" in page

@@ -14,7 +14,7 @@ from fnlm.data.sources import Written
 
 NAMES = ("demo",)
 STORIES, CHATS, VAL, LEARNT_FROM = 60_000, 30_000, 2_000, 4_000
-TOKENIZER = "bpe:663"  # as many as give every word of the world, with and without a space before it, one token
+TOKENIZER = "bpe:657"  # as many as give every word of the world, with and without a space before it, one token
 
 
 def named(name: str, out: Path, documents: int | None = None, **settings: Any) -> list[Preparation]:

@@ -11,7 +11,7 @@ from fnlm.world.scene import Scene, make_scene
 from fnlm.world.story import check, tell
 from fnlm.world.talk import small_talk
 
-MOST_TURNS = 3
+MOST_TURNS = 6
 STORIES_IN_CHATS = 4  # of five chats
 
 

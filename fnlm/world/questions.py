@@ -54,7 +54,7 @@ KINDS: dict[str, Kind] = {
     ),
     "owner": Kind(_OWNER, "The {o} belongs to {n}.", "objects", "names", lambda s, i: not _given(s, i)),
     "owner-after-give": Kind(_OWNER, "The {o} belongs to {n}.", "objects", "names", _given),
-    "which-by-colour": Kind(("Which thing is {c}?", "What is {c}?"), "The {o} is {c}.", "objects", "objects"),
+    "which-by-colour": Kind(("Which thing is {c}?", "What is {c}?"), "It is the {c} {o}.", "objects", "objects"),
     "where-object": Kind(
         ("Where is the {o}?", "Where is the {o} now?"), "The {o} belongs to {n}, and {n} is in the {p}.",
         "objects", "places",
@@ -77,6 +77,14 @@ def facts(scene: Scene, kind: str, subject: int) -> tuple[int, int | None]:
         return scene.holder(subject), subject
     things = scene.things(subject)
     return subject, things[0] if len(things) == 1 else None
+
+
+def belongings(scene: Scene, person: int) -> str:
+    """What someone has in the end: "a red kite", or how many things."""
+    things = scene.things(person)
+    if len(things) == 1:
+        return f"a {scene.colours[things[0]]} {scene.objects[things[0]]}"
+    return f"{NUMBERS[len(things)]} things"
 
 
 def _fields(scene: Scene, kind: str, subject: int) -> dict[str, str]:

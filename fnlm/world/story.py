@@ -1,4 +1,4 @@
-"""Stories: two to eight sentences about a scene, then a few questions with their answers."""
+"""Stories: who came where with what, what happened, how all is in the end, and a few questions with their answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from fnlm.world.choices import Choices, Draw, every
 from fnlm.world.grammar import ENGLISH, Grammar
-from fnlm.world.questions import all_questions, exchange
+from fnlm.world.questions import all_questions, belongings, exchange
 from fnlm.world.scene import Scene, make_scene
 
 MOST_AT_LENGTH = 2  # of more people the shortest layout tells: eight sentences are soon full
@@ -48,24 +48,36 @@ def check(seed: int, n: int) -> None:
 def write(choices: Choices, grammar: Grammar) -> str:
     """One story."""
     scene = make_scene(choices, grammar)
-    sentences = tell(choices, grammar, scene)
+    lines = [" ".join(tell(choices, grammar, scene))]
     left = all_questions(scene)
     for _ in range(choices.branch(grammar.asked)):
         question = choices.fill(left)
         left.remove(question)
-        sentences += exchange(scene, *question)
-    return " ".join(sentences)
+        lines += exchange(scene, *question)
+    return "\n".join(lines)
 
 
 def tell(choices: Choices, grammar: Grammar, scene: Scene) -> list[str]:
-    """The sentences of a scene: the facts, person by person or in turns, then the events."""
+    """The sentences of a scene: the facts, person by person or in turns, the events, and in any order how it ends."""
     everyone = range(len(scene.names))
     layouts = grammar.layouts if len(everyone) <= MOST_AT_LENGTH else grammar.layouts[:1]
     facts = [[_fact(choices, grammar, scene, kind, i) for kind in choices.branch(layouts)] for i in everyone]
     by_turns = [fact for turn in zip_longest(*facts) for fact in turn if fact]
     by_person = [fact for person in facts for fact in person]
-    told = choices.branch((by_person, by_turns)) if len(facts) > 1 else by_person
-    return told + [_event(choices, grammar, scene, event) for event in scene.events]
+    told = choices.branch((by_person, by_turns)) if by_person != by_turns else by_person
+    told += [_event(choices, grammar, scene, event) for event in scene.events]
+    left = [state for i in everyone for state in _states(grammar, scene, i)]
+    while left:
+        told.append(choices.fill(left))
+        left.remove(told[-1])
+    return told
+
+
+def _states(grammar: Grammar, scene: Scene, i: int) -> list[str]:
+    """How it is in the end with person i and with the object they brought."""
+    holder = scene.names[scene.holder(i)]
+    fields = {"n": scene.names[i], "m": holder, "o": scene.objects[i], "c": scene.colours[i], "p": scene.place(i)}
+    return [template.format(**fields, things=belongings(scene, i)) for template in grammar.states]
 
 
 def _fact(choices: Choices, grammar: Grammar, scene: Scene, kind: str, i: int) -> str:

@@ -118,8 +118,8 @@ def test_data_by_name(here: Path) -> None:
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line for line in lines if line.startswith("data")] == [
-        "data/demo: text, bpe tokenizer of 663 tokens, uint16",
-        "data/demo-chat: chat, bpe tokenizer of 663 tokens, uint16",
+        "data/demo: text, bpe tokenizer of 657 tokens, uint16",
+        "data/demo-chat: chat, bpe tokenizer of 657 tokens, uint16",
     ]
     assert [m["kind"] for m in json.loads(fnlm("demo", "--documents", "60", "--json").stdout)] == ["text", "chat"]
     assert sorted(p.name for p in (here / "data").iterdir()) == ["demo", "demo-chat"]

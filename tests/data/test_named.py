@@ -46,7 +46,7 @@ def test_stories_and_chats_are_those_of_the_world(made: list[Dataset]) -> None:
 def test_every_word_is_one_token(made: list[Dataset]) -> None:
     tokenizer = made[0].tokenizer
     assert tokenizer.sha256 == made[1].tokenizer.sha256
-    assert tokenizer.vocab_size == 663
+    assert tokenizer.vocab_size == 657
     said = (m["content"] for chat in world.chats(5, 3000) for m in chat)
     for text in (*world.stories(5, 1000), *said, "user\n", "assistant\n"):
         words = re.findall(r" ?\w+| ?[^\w\s]|\n", text)
