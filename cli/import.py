@@ -16,13 +16,14 @@ from fnlm.tokenizers import Tokenizer
 @click.argument("source", metavar="SOURCE")
 @click.option("--from", "kind", type=click.Choice(FORMATS), help="What it is. [default: as it looks]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="The run. [default: runs/NAME]")
-@click.option("--tokenizer", metavar="T", help="Instead of its own: gpt2, gpt2:FOLDER, or a tokenizer.json.")
+@click.option("--tokenizer", metavar="T", help="Instead of its own: gpt2, gpt2:FOLDER, char:TEXT, a tokenizer.json.")
 @click.option("--force", is_flag=True, help="Replace the run that is there.")
 @click.option("--json", "as_json", is_flag=True, help="What was read, as JSON.")
 def command(source: str, kind: str | None, out: Path | None, tokenizer: str | None, force: bool, as_json: bool) -> None:
     """Make a run of a model that other software wrote.
 
-    SOURCE is a folder as Hugging Face lays them out, or a name on its hub. The run holds the parameters as they were
+    SOURCE is a folder as Hugging Face lays them out, a name on its hub, a GGUF file, a .bin of llama2.c's, or, with
+    --from nanogpt, a ckpt.pt. The run holds the parameters as they were
     stored, and everything that takes a run takes it.
     """
     at = interop.find(source) or Path(source)
@@ -44,7 +45,10 @@ def tokenizer_for(model: Foreign, name: str | None) -> Tokenizer:
     if name is None:
         return interop.read_tokenizer(model)
     kind, _, files = name.partition(":")
-    made = kind in ("byte", "gpt2", "cl100k")
-    found = tokenizers.named(kind, files or None) if made else tokenizers.load(name)
+    if kind == "char" and files:
+        found = tokenizers.train("char", [Path(files).read_bytes().decode("utf-8")])
+    else:
+        made = kind in ("byte", "gpt2", "cl100k")
+        found = tokenizers.named(kind, files or None) if made else tokenizers.load(name)
     interop.check_tokenizer(found, model.cfg, model.source)
     return found

@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from fnlm.checkpoint.files import CheckpointError
-from fnlm.interop import hf, hub
+from fnlm.interop import gguf, hf, hub, llama2c, nanogpt
 from fnlm.interop.export import Model, to_hf
 from fnlm.interop.foreign import Foreign, check_tokenizer, described, read_tokenizer, speaks_chatml
 from fnlm.interop.written import write
 
-FORMATS = ("hf",)
+FORMATS = ("hf", "gguf", "llama2c", "nanogpt")
+READERS = {"gguf": gguf.read, "llama2c": llama2c.read, "nanogpt": nanogpt.read}
 TARGETS = ("hf",)
 
 
@@ -29,7 +30,7 @@ def find(path: str | Path) -> Path | None:
 def is_foreign(path: str | Path) -> bool:
     """Whether a path is a model that `read` takes without being told its format."""
     path = Path(path)
-    return hf.is_folder(path)
+    return hf.is_folder(path) or gguf.is_file(path) or llama2c.is_file(path)
 
 
 def read(path: str | Path, kind: str | None = None) -> Foreign:
@@ -41,6 +42,14 @@ def read(path: str | Path, kind: str | None = None) -> Foreign:
         if not (path / hf.CONFIG).is_file():
             raise CheckpointError(f"{path} has no config.json; name a folder as Hugging Face lays them out")
         return hf.read(path)
+    if path.is_file():
+        kind = kind or next((k for k, found in (("gguf", gguf), ("llama2c", llama2c)) if found.is_file(path)), None)
+        if kind in READERS:
+            return READERS[kind](path)
+    if path.suffix == ".pt" and kind is None:
+        raise CheckpointError(
+            f"{path} is a pickle; if it is nanoGPT's and you trust it: fnlm import {path} --from nanogpt"
+        )
     raise CheckpointError(f"{path} is no model that is read; see docs/interop.md for those that are")
 
 

@@ -34,7 +34,8 @@ class Model(NamedTuple):
 
 def exported(model: Model) -> Model:
     """The model as it leaves: without rows of the vocabulary that stand for no token, unless it came with them."""
-    if "interop" in model.config or model.tokenizer.vocab_size >= model.cfg.vocab_size:
+    came = model.config.get("interop", {}).get("format") == "hf"
+    if came or model.tokenizer.vocab_size >= model.cfg.vocab_size:
         return model
     cfg, params = cut(model.cfg, model.params, model.tokenizer.vocab_size)
     return model._replace(cfg=cfg, params=params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,20 @@ from fnlm.config import ModelConfig
 from fnlm.interop.families import FAMILIES, Family, weights
 from fnlm.interop.ties import filled, join
 from fnlm.types import Params
+
+FREE = {"vocab_size", "n_layers", "n_heads", "d_model", "seq_len", "n_kv_heads", "d_head", "d_ff", "norm_eps", "tied"}
+FREE |= {"norm_affine", "bias", "qkv_bias", "norm_bias", "window", "norm", "mlp", "positions", "init", "init_std"}
+FREE |= {"rope_theta", "rope_fraction", "rope_scaling", "rope_factor", "rope_original", "rope_low", "rope_high"}
+FREE |= {
+    "dropout_embed",
+    "dropout_attn",
+    "dropout_residual",
+    "dropout_ngram",
+    "zero_init_out",
+    "zero_init_head",
+    "mup_base",
+}
+"""Fields that a home has in any value, unless it says otherwise."""
 
 
 def home(cfg: ModelConfig) -> Family:
@@ -27,7 +41,8 @@ def home(cfg: ModelConfig) -> Family:
 
 def obstacles(cfg: ModelConfig, family: Family) -> list[str]:
     """The options, as name=value, that this architecture does not have."""
-    pairs = ((name, _value(cfg, name), allowed) for name, allowed in family.home.items())
+    known = {f.name: (f.default,) for f in fields(cfg) if f.name not in FREE} | family.home  # a new field is not theirs
+    pairs = ((name, _value(cfg, name), allowed) for name, allowed in known.items())
     return [f"{name}={value!r}" for name, value, allowed in pairs if value not in allowed]
 
 
@@ -44,7 +59,9 @@ def _value(cfg: ModelConfig, name: str) -> Any:
 
 def cut(cfg: ModelConfig, params: Params, vocab_size: int) -> tuple[ModelConfig, Params]:
     """The model without the rows behind `vocab_size`, which stand for no token, so that nobody samples them."""
-    rows: Params = {name: params[name][:vocab_size] for name in ("embed.tokens.weight", "head.weight") if name in params}
+    rows: Params = {
+        name: params[name][:vocab_size] for name in ("embed.tokens.weight", "head.weight") if name in params
+    }
     return replace(cfg, vocab_size=vocab_size), {**params, **rows}
 
 

@@ -20,14 +20,21 @@ from fnlm.tokenizers import Char, Tokenizer
 from fnlm.types import Params
 
 TOLERANCE = 1e-4  # of logits, and of the largest logit where that is above 1
-PROMPTS, GREEDY, TEXTS = 4, 32, 300
+PROMPTS, GREEDY, TEXTS = 3, 16, 300
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi! Größe 😀?\n"},
     {"role": "assistant", "content": "Yes."},
     {"role": "user", "content": "And?"},
 ]
-_RANGES: tuple[tuple[int, int], ...] = ((0x20, 0x7F), (0xA0, 0x24F), (0x370, 0x52F), (0x5D0, 0x6FF), (0x900, 0x97F), (0x3040, 0x30FF))
+_RANGES: tuple[tuple[int, int], ...] = (
+    (0x20, 0x7F),
+    (0xA0, 0x24F),
+    (0x370, 0x52F),
+    (0x5D0, 0x6FF),
+    (0x900, 0x97F),
+    (0x3040, 0x30FF),
+)
 _RANGES += ((0x4E00, 0x4FFF), (0xAC00, 0xACFF), (0x1F300, 0x1F64F), (0x2000, 0x206F), (0x300, 0x36F), (0x9, 0xE))
 
 
@@ -68,8 +75,8 @@ def parity(folder: Path, model: Model) -> dict[str, Any]:
 
 
 def prompts(cfg: ModelConfig, tokenizer: Tokenizer) -> list[Tensor]:
-    """Random ids of the tokenizer, (1, T), of several lengths up to the context's (at most 512)."""
-    made, most = torch.Generator().manual_seed(0), min(cfg.seq_len, 512)
+    """Random ids of the tokenizer, (1, T), of several lengths up to the context's (at most 256)."""
+    made, most = torch.Generator().manual_seed(0), min(cfg.seq_len, 256)
     lengths = [max(1, most * i // PROMPTS) for i in range(1, PROMPTS + 1)]
     return [torch.randint(0, min(tokenizer.vocab_size, cfg.vocab_size), (1, n), generator=made) for n in lengths]
 

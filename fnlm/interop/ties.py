@@ -61,20 +61,27 @@ def join(tie: Tie, params: Params, cfg: ModelConfig) -> Tensor:
     return value.T.contiguous() if tie.layout == "transposed" and value.ndim == 2 else value
 
 
+def shape(tie: Tie, sizes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """What `join` makes of tensors of these shapes; not by torch's meta tensors, which take a second to begin."""
+    rest = sizes[tie.ours[0]][1:]
+    rows = sum(sizes[name][0] for name in tie.ours)
+    return (*rest, rows) if tie.layout == "transposed" else (rows, *rest)
+
+
 def taken(tensors: Tensors, ties: Iterable[Tie], cfg: ModelConfig, where: str) -> Params:
     """Our parameters in forward order, read one tensor at a time: never more in memory than they and one more.
 
     CheckpointError for a tensor that is missing, of another shape, or not of this architecture.
     """
     ties, sizes = list(ties), shapes(cfg)
-    _check(tensors, ties, cfg, sizes, where)
+    _check(tensors, ties, sizes, where)
     found: Params = {}
     for one in ties:
         found |= split(one, tensors[one.theirs].read(), cfg, sizes)
     return {name: found[name] for name in sizes}
 
 
-def _check(tensors: Tensors, ties: list[Tie], cfg: ModelConfig, sizes: dict[str, tuple[int, ...]], where: str) -> None:
+def _check(tensors: Tensors, ties: list[Tie], sizes: dict[str, tuple[int, ...]], where: str) -> None:
     missing = [t.theirs for t in ties if t.theirs not in tensors]
     extra = sorted(set(tensors) - {t.theirs for t in ties})
     for what, names in (("has no", missing), ("has, beyond what its config.json describes,", extra)):
@@ -82,8 +89,7 @@ def _check(tensors: Tensors, ties: list[Tie], cfg: ModelConfig, sizes: dict[str,
             more = f" and {len(names) - SOME} more" if len(names) > SOME else ""
             raise CheckpointError(f"{where} {what} {', '.join(names[:SOME])}{more}")
     for one in ties:
-        empty = {name: torch.empty(sizes[name], device="meta") for name in one.ours}
-        wanted, there = tuple(join(one, empty, cfg).shape), tuple(tensors[one.theirs].shape)
+        wanted, there = shape(one, sizes), tuple(tensors[one.theirs].shape)
         if wanted != there:
             raise CheckpointError(f"{where}: {one.theirs} has shape {there}, by its config.json it must be {wanted}")
 

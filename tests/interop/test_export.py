@@ -60,7 +60,7 @@ def test_published_files_come_back_byte_for_byte(test_data: Path, tmp_path: Path
         folder = test_data / "weights" / name
         model = interop.read(folder)
         tokenizer = tokenizers.train("char", ["ab"])  # these have none, and keep rows that it does not name
-        told = {"kind": "text", "interop": {"kept": dict(model.kept)}}
+        told = {"kind": "text", "interop": {"format": "hf", "kept": dict(model.kept)}}
         to_hf(Model(model.cfg, model.load(), tokenizer, told), tmp_path / name)
         assert (tmp_path / name / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
         theirs, ours = (json.loads((x / "config.json").read_text()) for x in (folder, tmp_path / name))
