@@ -19,7 +19,6 @@ from webui.engine import Engine
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(browser.found() is None, reason="no Chromium here"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 LAST = "[...document.querySelectorAll('.turn')].at(-1)"
 WORDS = f"{LAST}.querySelector('.words').textContent"
@@ -173,6 +172,7 @@ def test_tokens_and_another_in_the_place_of_one(page: Page) -> None:
     page.js("document.querySelector('#think').click()")
     page.say("one two three")
     assert page.js("document.querySelectorAll('.token').length") == 3
+    assert page.turns()[-1] == "one two three"
     page.js("document.querySelectorAll('.token')[1].click()")
     assert page.js("document.querySelector('#thought').matches(':popover-open')")
     assert "61 %" in page.js("document.querySelector('#thought').textContent")
@@ -276,6 +276,13 @@ def test_two_models_beside_each_other(page: Page) -> None:
     page.js("[...document.querySelectorAll('.keep')].find(n => n.getAttribute('aria-label').endsWith('two')).click()")
     assert page.turns() == ["hi", "two"]
     page.wait("document.querySelector('#model-name').textContent === 'two'")
+    page.echo.kind = "text"
+    page.load()
+    page.js("document.querySelector('#rival').click(); document.querySelectorAll('.choice')[1].click()")
+    page.wait("document.querySelector('#rival').textContent === 'one'")
+    page.say("Once")
+    page.wait("document.querySelectorAll('.pair .turn .tools').length === 2")
+    assert page.turns() == ["Once", "one", "two"]
 
 
 def test_it_follows_only_from_the_end(page: Page) -> None:

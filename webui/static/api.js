@@ -55,10 +55,10 @@ export async function markdown(texts) {
 let hasProbabilities = true; // until the server says that it has none
 
 // Yields {text}, {tokens}, {start: {dropped, seed, step}}, {finish} and {usage}; throws Refused, or AbortError when stopped.
-export async function* reply(path, body, think, signal) {
+export async function* reply(path, body, signal) {
   const whole = { ...body, stream: true, stream_options: { include_usage: true } };
   const asking = path.includes("chat") ? { logprobs: true, top_logprobs: 5 } : { logprobs: 5 };
-  const wanted = think && hasProbabilities ? asking : {};
+  const wanted = hasProbabilities ? asking : {};
   let response;
   try {
     response = await posted(path, { ...whole, ...wanted }, signal);

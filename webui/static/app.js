@@ -14,7 +14,7 @@ import * as tree from "./tree.js";
 import { edit } from "./turn.js";
 import { button, byId, toast } from "./ui.js";
 import * as view from "./view.js";
-import { isBusy, isWriting, stopAll, stopIn, write } from "./writing.js";
+import { NEEDS_KEY, isBusy, isWriting, stopAll, write } from "./writing.js";
 
 let models = [];
 let model = null; // of the models, the one chosen
@@ -51,7 +51,7 @@ function choose(next) {
   store.remember("model", model.name);
   if (isOther) settings.use(model);
   if (rival && (rival.chat !== model.chat || rival.name === model.name)) rival = null;
-  byId("rival").textContent = rival?.name ?? "Nobody";
+  byId("rival").textContent = rival?.name ?? "No other";
   if (talk.kind !== kind() && !tree.isEmpty(talk)) return open(null);
   Object.assign(talk, { model: model.name, kind: kind() });
   return isOther ? dress() : undefined;
@@ -64,9 +64,9 @@ async function pickModel() {
 
 async function pickRival() {
   const others = models.filter((m) => m.chat === model?.chat && m.name !== model.name);
-  const next = await pick("Answers beside it", others, rival, "Nobody");
+  const next = await pick("Compare with", others, rival, "No other");
   if (next !== undefined) rival = next;
-  byId("rival").textContent = rival?.name ?? "Nobody";
+  byId("rival").textContent = rival?.name ?? "No other";
 }
 
 // Conversations
@@ -152,7 +152,7 @@ function end(mine, node, isKept) {
   dress();
   byId("said").textContent = node.error ?? node.content;
   if (!isKept) notify("This browser has no room for more: export and delete some conversations.");
-  if (node.error?.includes("key")) askKey().then(refreshModels);
+  if (node.error === NEEDS_KEY) askKey().then(refreshModels);
 }
 
 // A plain model reads on from the end of the text.
@@ -210,11 +210,19 @@ function editLast() {
   if (element) edit(node, element, actions);
 }
 
+// Another window changed a conversation: the one shown is shown anew.
+function reread(id) {
+  const next = id === talk.id && !isBusy() && store.conversation(id);
+  if (!next) return draw();
+  talk = next;
+  return show("keep");
+}
+
 // The page's own events
 
 frame();
 counter();
-talks(open, () => open(null));
+talks(open, () => open(null), reread);
 keys({
   stop: () => stopAll(),
   begin: () => open(null),
@@ -232,7 +240,7 @@ box.addEventListener("keydown", (event) => {
   send(box.value);
 });
 box.addEventListener("input", () => recount(model, box.value));
-byId("stop").addEventListener("click", () => { stopIn(talk); stopAll(); box.focus(); });
+byId("stop").addEventListener("click", () => { stopAll(); box.focus(); });
 for (const id of ["new", "new-here"]) byId(id).addEventListener("click", () => open(null));
 byId("think").addEventListener("change", () => show("keep"));
 byId("model-button").addEventListener("click", pickModel);

@@ -13,15 +13,15 @@ function messages(talk, node, system) {
 }
 
 // The request that writes into `node`, which may hold the beginning of its reply.
-export function request(talk, node, model, { numbers, system, think }) {
+export function request(talk, node, model, { numbers, system }) {
   const body = { model: model.name, ...numbers };
   if (talk.kind === "text") {
     const prompt = textOf(upTo(talk, node));
-    return { path: TEXT, think, body: { ...body, max_tokens: body.max_tokens ?? model.context, prompt, truncate: true } };
+    return { path: TEXT, body: { ...body, max_tokens: body.max_tokens ?? model.context, prompt, truncate: true } };
   }
   const asked = messages(talk, parentOf(talk, node), system);
-  if (!node.content) return { path: CHAT, think, body: { ...body, messages: asked } };
-  return { path: TEXT, think, body: (signal) => begun(body, asked, node, model, signal) };
+  if (!node.content) return { path: CHAT, body: { ...body, messages: asked } };
+  return { path: TEXT, body: (signal) => begun(body, asked, node, model, signal) };
 }
 
 // A chat model goes on with a reply: the ids of the conversation up to the reply, and those of what it begins with.

@@ -35,16 +35,16 @@ function values() {
   return found;
 }
 
-// What a request takes: {numbers, system, think}; null where a field is wrong, which is then shown by `reveal`.
+// What a request takes: {numbers, system}; null where a field is wrong, which is then shown by `reveal`.
 export function chosen(reveal) {
   if (!form.checkValidity()) {
     reveal();
     form.reportValidity();
     return null;
   }
-  const { system, think, ...numbers } = values();
+  const { system, think: _, ...numbers } = values(); // how a reply is looked at is no matter of the request
   if (numbers.max_tokens !== null) numbers.min_tokens = Math.min(numbers.min_tokens ?? 0, numbers.max_tokens);
-  return { system: kind() === "chat" ? system.trim() : "", think, numbers };
+  return { system: kind() === "chat" ? system.trim() : "", numbers };
 }
 
 export const isThinking = () => form.elements.think.checked;

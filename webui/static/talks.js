@@ -9,8 +9,8 @@ const list = byId("conversations");
 let current = null;
 let open = () => {};
 
-// `opened` shows a conversation, `begun` a new one.
-export function talks(opened, begun) {
+// `opened` shows a conversation, `begun` a new one; `changed` hears of what another window did.
+export function talks(opened, begun, changed) {
   open = opened;
   search.addEventListener("input", draw);
   search.addEventListener("keydown", (event) => {
@@ -24,7 +24,7 @@ export function talks(opened, begun) {
     ...(store.conversations().length ? [["Export all", exportAll], ["Delete all", () => removeAll(begun)]] : []),
   ]));
   byId("file").addEventListener("change", () => importFrom(byId("file").files[0]));
-  store.watch(draw);
+  store.watch(changed);
 }
 
 export function mark(talk) {

@@ -62,6 +62,9 @@ export function spans(tokens, branch) {
         event.preventDefault();
         show(node, token, i, branch, true);
         card.querySelector("button")?.focus();
+      } else if (event.key === "Escape" && shown) {
+        event.preventDefault();
+        close();
       } else arrows(event, nodes, "ArrowLeft", "ArrowRight");
     });
     return node;

@@ -92,7 +92,7 @@ export function restored(value, keepId = false) {
 
 function fromMessages(talk, messages) {
   let node = root(talk);
-  for (const message of messages.slice(0, MOST)) if (isTurn(message)) node = add(talk, node, said(message));
+  for (const message of messages.slice(0, MOST)) if (isTurn(message)) node = add(talk, node, said({ finish: "stop", ...message }));
 }
 
 function fromNodes(talk, nodes) {

@@ -28,7 +28,8 @@ export function turnOf(talk, node, actions) {
 }
 
 function fill(words, node, actions) {
-  const mode = node.role === "user" || actions.isWriting(node) ? "plain" : look(node, actions.isThinking());
+  const chosen = node.role === "user" || actions.isWriting(node) ? "plain" : look(node, actions.isThinking());
+  const mode = actions.isPlain && chosen === "formatted" ? "plain" : chosen;
   words.className = `words ${mode}`;
   if (mode === "thoughts" && node.tokens?.length) {
     words.replaceChildren(...spans(node.tokens, (i, text) => actions.branchAt(node, i, text)));
@@ -154,7 +155,7 @@ export function edit(node, element, actions, text = node.content) {
 // Two models' replies to the same words and seed, side by side.
 export function pairOf(talk, nodes, actions, parts) {
   const columns = nodes.map((node) => {
-    const part = turnOf(talk, node, { ...actions, several: false });
+    const part = turnOf(talk, node, { ...actions, several: false, isPlain: talk.kind === "text" });
     parts.set(node.id, part);
     const keep = iconButton("forth", "", () => actions.prefer(node), "quiet keep");
     keep.replaceChildren("Go on with this one");

@@ -46,15 +46,29 @@ export function show(talk, actions, at = "end") {
   const top = scroll.scrollTop;
   parts = new Map();
   const shown = path(talk);
-  if (talk.kind === "text") log.replaceChildren(...(shown.length ? [documentOf(talk, shown, actions, parts)] : []));
+  if (talk.kind === "text") log.replaceChildren(...text(talk, shown, actions));
   else log.replaceChildren(...shown.map((node) => elementOf(talk, node, shown, actions)));
   if (at === "end") toEnd();
   else scroll.scrollTop = top;
 }
 
+// Two replies that were asked for together, while nothing follows them.
+function pair(talk, node, shown) {
+  if (!node?.meta.pair || node !== shown.at(-1)) return null;
+  const nodes = talk.nodes[node.parent].children.map((id) => talk.nodes[id]).filter((n) => n.meta.pair === node.meta.pair);
+  return nodes.length === 2 ? nodes : null;
+}
+
+function text(talk, shown, actions) {
+  const both = pair(talk, shown.at(-1), shown);
+  const one = both ? shown.slice(0, -1) : shown;
+  const elements = one.length ? [documentOf(talk, one, actions, parts)] : [];
+  return both ? [...elements, pairOf(talk, both, actions, parts)] : elements;
+}
+
 function elementOf(talk, node, shown, actions) {
-  const other = talk.nodes[node.parent].children.map((id) => talk.nodes[id]).filter((n) => n.meta.pair && n.meta.pair === node.meta.pair);
-  if (node === shown.at(-1) && other.length === 2) return pairOf(talk, other, actions, parts);
+  const both = pair(talk, node, shown);
+  if (both) return pairOf(talk, both, actions, parts);
   const part = turnOf(talk, node, { ...actions, several: shown.some((n) => n.model && n.model !== talk.model) });
   parts.set(node.id, part);
   return part.element;

@@ -5,25 +5,25 @@ import * as store from "./store.js";
 import { collector } from "./tokens.js";
 
 const KEEP_EVERY = 1500; // ms
+export const NEEDS_KEY = "The server asks for its key.";
 const running = new Map(); // by the id of the turn: {talk, stop}
 
 export const isWriting = (node) => running.has(node.id);
 export const isBusy = () => running.size > 0;
 export const stopAll = () => running.forEach(({ stop }) => stop.abort());
-export const stopIn = (talk) => running.forEach((r) => r.talk === talk && r.stop.abort());
 
 // Writes into `node` until the reply ends, breaks off or is stopped; what there is stays. `more` hears of each text.
-export async function write(talk, node, { path, body, think }, more) {
+export async function write(talk, node, { path, body }, more) {
   const stop = new AbortController();
   running.set(node.id, { talk, stop });
   const state = { began: performance.now(), kept: performance.now(), thoughts: collector(node.tokens) };
   try {
     const { where, what } = await ready(path, body, stop.signal);
-    for await (const part of api.reply(where, what, think, stop.signal)) take(part, talk, node, state, more);
+    for await (const part of api.reply(where, what, stop.signal)) take(part, talk, node, state, more);
   } catch (error) {
     node.finish = error.name === "AbortError" ? "stopped" : "error";
     if (node.finish === "error") node.error = error.message;
-    if (error.status === 401) node.error = "The server asks for its key.";
+    if (error.status === 401) node.error = NEEDS_KEY;
   }
   node.finish ||= "stop";
   if (state.thoughts.tokens.length) node.tokens = state.thoughts.tokens;
