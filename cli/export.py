@@ -11,18 +11,19 @@ import torch
 
 from cli.eval import checkpoint_of
 from fnlm import trained
-from fnlm.interop import TARGETS, Model, homes, parity, to_hf
+from fnlm.interop import TARGETS, Model, homes, parity, to_gguf, to_hf
 from fnlm.params import cast
 from fnlm.trained import Which
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES_OF = {"hf": tuple(DTYPES), "gguf": ("fp32", "fp16", "q8_0")}
 
 
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.option("--to", "target", type=click.Choice(TARGETS), default="hf", show_default=True, help="Whose files.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="[default: exports/NAME]")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the weights. [default: as saved]")
+@click.option("--dtype", type=click.Choice([*DTYPES, "q8_0"]), help="Of the weights. [default: as saved; gguf: fp16]")
 @click.option(
     "--checkpoint", default="best", show_default=True, metavar="C", help="Of a run: best, newest, or a step's number."
 )
@@ -44,13 +45,22 @@ def command(
     """Write a model in the files of other software.
 
     MODEL is a run, a checkpoint, or what `fnlm import` takes. hf is a folder that AutoModelForCausalLM and
-    AutoTokenizer read. Where transformers is installed both sides are run, and PARITY.json says how far they agree.
+    AutoTokenizer read; gguf a file of llama.cpp's, for the Llama family. Where transformers is installed a folder is
+    compared with the model, and its PARITY.json says how far they agree.
     """
+    if dtype and dtype not in DTYPES_OF[target]:
+        raise ValueError(f"--dtype {dtype} is not for {target}; choose from {', '.join(DTYPES_OF[target])}")
     which: Which = "newest" if checkpoint == "newest" else "best"
     found = trained.load(checkpoint_of(model, checkpoint), which, average=not no_ema, dtype="saved")
+    name = Path(model).stem if Path(model).is_file() else Path(model).resolve().name
+    if target == "gguf":
+        file = out or Path("exports") / f"{name}.gguf"
+        to_gguf(Model(found.cfg, found.params, found.tokenizer, found.config), file, dtype or "fp16", force)
+        click.echo(json.dumps({"path": str(file), "to": target}, indent=2) if as_json else str(file))
+        return
     params = cast(found.params, DTYPES[dtype]) if dtype else found.params
     leaving = Model(found.cfg, params, found.tokenizer, found.config)
-    folder = out or Path("exports") / Path(model).resolve().name
+    folder = out or Path("exports") / name
     comparing = parity.is_possible() and not no_parity
     said = to_hf(leaving, folder, force, parity.parity if comparing else None)
     architecture = homes.home(found.cfg).architecture

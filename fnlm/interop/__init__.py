@@ -12,11 +12,12 @@ from fnlm.checkpoint.files import CheckpointError
 from fnlm.interop import gguf, hf, hub, llama2c, nanogpt
 from fnlm.interop.export import Model, to_hf
 from fnlm.interop.foreign import Foreign, check_tokenizer, described, read_tokenizer, speaks_chatml
+from fnlm.interop.gguf_out import to_gguf
 from fnlm.interop.written import write
 
 FORMATS = ("hf", "gguf", "llama2c", "nanogpt")
 READERS = {"gguf": gguf.read, "llama2c": llama2c.read, "nanogpt": nanogpt.read}
-TARGETS = ("hf",)
+TARGETS = ("hf", "gguf")
 
 
 def find(path: str | Path) -> Path | None:
@@ -65,6 +66,7 @@ __all__ = [
     "read",
     "read_tokenizer",
     "speaks_chatml",
+    "to_gguf",
     "to_hf",
     "write",
 ]

@@ -15,7 +15,7 @@ import fnlm
 from cli.main import cli
 from fnlm import interop, tokenizers, trained
 from fnlm.checkpoint import CheckpointError
-from fnlm.interop import gguf, nanogpt
+from fnlm.interop import gguf, nanogpt, vocabulary
 from fnlm.interop.ties import join
 from tests.interop.foreign_folders import SMALL, params_of
 
@@ -132,9 +132,10 @@ def gguf_file(path: Path, tensors: dict[str, tuple[int, tuple[int, ...], bytes]]
 
     about: dict[str, Any] = {
         "general.architecture": "llama", "llama.block_count": 2, "llama.embedding_length": 64,
-        "llama.context_length": 24, "llama.feed_forward_length": 96, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 10000.0, **more,
+        "llama.context_length": 24, "llama.feed_forward_length": 96, "llama.attention.head_count": 4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 10000.0,
     }  # fmt: skip
+    about = {**about, "llama.attention.head_count_kv": 2, **more}
     head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(about))
     head += b"".join(text(k) + value(v) for k, v in about.items())
     at, body = 0, b""
@@ -183,6 +184,33 @@ def test_four_bits_by_the_words_of_the_format() -> None:
     q4_1 = np.concatenate([np.tile(np.array([[d, m]]).view(np.uint8), (3, 1)), packed], 1)
     assert (gguf.DEQUANTISED[2](q4_0.ravel()) == [[0.25 * (q - 8) for q in row] for row in low]).all()
     assert (gguf.DEQUANTISED[3](q4_1.ravel()) == [[0.25 * q - 1.5 for q in row] for row in low]).all()
+
+
+@pytest.mark.parametrize(("kind", "atol"), [("fp32", 0.0), ("fp16", 1e-3), ("q8_0", 5e-3)])
+@pytest.mark.parametrize("name", ["byte", "pieces"])
+def test_gguf_out_and_in_again(kind: str, atol: float, name: str, tmp_path: Path) -> None:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "a", "b", "\u2581", "ab", "\u2581ab"]
+    own = tokenizers.loads(vocabulary.from_pieces(pieces, [0.0] * 262 + [-1.0, -2.0]))
+    tokenizer = own if name == "pieces" else tokenizers.named("byte")
+    values = {**LLAMA, "n_kv_heads": 2, "vocab_size": tokenizer.vocab_size, "tied": False}
+    cfg = fnlm.ModelConfig(**values, rope_scaling="linear", rope_factor=2.0)
+    params, config = params_of(cfg), {"kind": "chat" if name == "byte" else "text"}
+    interop.to_gguf(interop.Model(cfg, params, tokenizer, config), tmp_path / "a.gguf", kind)
+    found = trained.load(tmp_path / "a.gguf")
+    for k in params:
+        torch.testing.assert_close(found.params[k], params[k], rtol=0, atol=atol)
+    assert (found.cfg.rope_factor, found.is_chat) == (2.0, name == "byte")
+    for text in ("abab ab", "Größe 😀\n"):
+        assert found.tokenizer.encode(text) == tokenizer.encode(text)
+    assert found.tokenizer.special == tokenizer.special
+    assert found.tokenizer.prefix == tokenizer.prefix
+
+
+@pytest.mark.parametrize(("values", "says"), [({}, "norm='layernorm'"), ({**LLAMA, "bias": True}, "bias=True")])
+def test_gguf_is_for_the_llama_family(values: dict[str, Any], says: str, tmp_path: Path) -> None:
+    cfg = fnlm.ModelConfig(**{**SMALL, **values})
+    with pytest.raises(ValueError, match=says):
+        interop.to_gguf(interop.Model(cfg, params_of(cfg), tokenizers.named("byte"), {}), tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(
