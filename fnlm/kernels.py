@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 R = TypeVar("R")
@@ -61,6 +62,34 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return rotated(g, cos, -sin), None, None  # a rotation's transpose turns the other way
+
+
+class _JoinedLinear(torch.autograd.Function):
+    """The joined weight is gone after the forward pass: kept, it would be a second copy of its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, torch.cat(weights), bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        rows, sizes = g.flatten(0, -2), [len(w) for w in weights]
+        parts = rows.split(sizes, 1)
+        d_x = parts[0] @ weights[0]
+        for part, w in zip(parts[1:], weights[1:], strict=True):
+            d_x = torch.addmm(d_x, part, w)
+        d_bias = rows.sum(0) if ctx.needs_input_grad[1] else None
+        return d_x.view_as(x), d_bias, *(rows.T @ x.flatten(0, -2)).split(sizes)
+
+
+def joined_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, by_hand: bool) -> Tensor:
+    """F.linear with weights laid one below the other: one product, as several narrow ones read the input as often."""
+    if by_hand:
+        out: Tensor = _JoinedLinear.apply(x, bias, *weights)  # type: ignore[no-untyped-call]
+        return out
+    return F.linear(x, torch.cat(list(weights)), bias)
 
 
 def squared_relu(x: Tensor, by_hand: bool) -> Tensor:

@@ -81,13 +81,14 @@ class Gathering:
         return self.regather and group != self.layout.group_names[0]
 
     def gathered(self, group: str) -> Params:
-        """The whole parameters of a group, and the next groups are sent for."""
+        """The whole parameters of a group; the next groups are sent for once its buffer is free."""
         if group not in self.here:
+            self._launch(group)
+            self.here[group] = self._land(group)
             order, i = self.layout.group_names, self.layout.group_names.index(group)
-            for j in range(self.layout.strategy.prefetch + 1):
+            for j in range(1, self.layout.strategy.prefetch + 1):
                 if 0 <= i + j * self.ahead < len(order):
                     self._launch(order[i + j * self.ahead])
-            self.here[group] = self._land(group)
         return self.here[group]
 
     def _launch(self, group: str) -> None:

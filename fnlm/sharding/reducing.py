@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fnlm.collectives import Axis, Work
-from fnlm.sharding.layout import Layout, Pack
+from fnlm.sharding.layout import Layout, Pack, Slot
 from fnlm.sharding.strategy import DTYPES
 from fnlm.types import Params
 
 Stage: TypeAlias = Callable[[], Work]
 
 
-class Trip(NamedTuple):
-    """A bucket on its way: the work in flight, and what is sent after it."""
+class Trip:
+    """A bucket on its way by one or two stages: a reduction that holds all of it, and one of this rank's part."""
 
-    work: list[Work]
-    later: list[Stage]
+    def __init__(self, stages: list[Stage]) -> None:
+        self.work: Work | None = stages[0]()
+        self.later = stages[1:]
+        self.landed = False
 
-    def advance(self) -> None:
-        """Wait for what is in flight, and send the next stage."""
-        if self.work:
-            self.work.pop().wait()
-            if self.later:
-                self.work.append(self.later.pop(0)())
+    def land(self) -> None:
+        """Wait for the first stage, and start the second."""
+        if not self.landed and self.work is not None:
+            self.work.wait()
+            self.landed, self.work = True, self.later[0]() if self.later else None
 
     def end(self) -> None:
         """Wait for all stages."""
-        while self.work:
-            self.advance()
+        self.land()
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
 
 
 class Reducing:
@@ -57,30 +60,35 @@ class Reducing:
         self.missing = {b: {s.name for s in b.slots} for b in self.layout.buckets}
 
     def arrive(self, group: str, grads: Sequence[Tensor]) -> None:
-        """Put a group's gradients into their buckets, and send those that are full."""
+        """Put a group's gradients into their buckets, and send each that is full."""
+        by_bucket: dict[Pack, list[tuple[Slot, Tensor]]] = {}
+        for slot, grad in zip(self.layout.groups[group].slots, grads, strict=True):
+            by_bucket.setdefault(self.layout.bucket_of[slot.name], []).append((slot, grad))
+        for bucket, found in by_bucket.items():
+            self._fill(bucket, found)
+            if self.sends and not self.missing[bucket]:
+                self._send(bucket)
+
+    def _fill(self, bucket: Pack, found: list[tuple[Slot, Tensor]]) -> None:
+        """Copy gradients to their places, or add them to those of earlier micro-batches."""
         new: list[tuple[Tensor, Tensor]] = []
         more: list[tuple[Tensor, Tensor]] = []
-        full: list[Pack] = []
-        for slot, grad in zip(self.layout.groups[group].slots, grads, strict=True):
-            bucket = self.layout.bucket_of[slot.name]
+        places = bucket.views(self._buffer(bucket, found[0][1].device), bucket.parts)
+        filled = self.filled.setdefault(bucket, set())
+        for slot, grad in found:
             if slot.name not in self.missing[bucket]:
                 raise ValueError(f"gradients of {slot.name!r} arrive twice; a group is used once in a forward pass")
+            (more if slot.name in filled else new).extend((rows, x) for x, rows in slot.pairs(grad, places[slot.name]))
             self.missing[bucket].discard(slot.name)
-            filled = self.filled.setdefault(bucket, set())
-            place = bucket.views(self._buffer(bucket, grad.device), bucket.parts)[slot.name]
-            (more if slot.name in filled else new).extend((rows, x) for x, rows in slot.pairs(grad, place))
             filled.add(slot.name)
-            if not self.missing[bucket]:
-                full.append(bucket)
         if new:
             torch._foreach_copy_([rows for rows, _ in new], [x for _, x in new])
         if more:
             torch._foreach_add_([rows for rows, _ in more], [x.to(self.dtype) for _, x in more])
-        for bucket in full if self.sends else ():
-            self._send(bucket)
 
     def _buffer(self, bucket: Pack, device: torch.device) -> Tensor:
         if bucket not in self.buffers:
+            self._drain()
             new = torch.empty if bucket.even else torch.zeros  # zeros: padding is summed too
             self.buffers[bucket] = new(bucket.parts * bucket.width, dtype=self.dtype, device=device)
         return self.buffers[bucket]
@@ -95,19 +103,18 @@ class Reducing:
             flat = mine
         if layout.copies is not None:
             stages.append(_all_reduce(layout.copies, flat))
-        trip = Trip([stages[0]()] if stages else [], stages[1:])
+        trip = Trip(stages)
         views = bucket.views(flat, 1)
         self.grads |= {s.name: s.piece(views[s.name][0]) for s in bucket.slots}  # views: not here yet
-        self._pace(trip)
-
-    def _pace(self, trip: Trip) -> None:
-        """Bound what is in flight, as work holds its input; all ranks come here in the same order."""
-        behind = self.layout.strategy.prefetch + 1
         self.trips.append(trip)
         if not self.layout.strategy.overlap:
             trip.end()
-        elif len(self.trips) > behind and (self.layout.state is not None or self.trips[-behind - 1].later):
-            self.trips[-behind - 1].advance()
+
+    def _drain(self) -> None:
+        """Before a new buffer: bound what is in flight, as work holds its input. All ranks do so in the same order."""
+        if self.layout.state is not None:
+            for trip in self.trips[: len(self.trips) - max(1, self.layout.strategy.prefetch) + 1]:
+                trip.land()
 
     def finish(self, device: torch.device) -> Params:
         """The gradients at rest, once all have come; {} while micro-batches still add up here."""

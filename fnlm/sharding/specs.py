@@ -15,14 +15,16 @@ Shape = tuple[int, ...]
 class P(tuple[tuple[str, ...], ...]):
     """One entry per dimension: None, an axis, or a tuple of axes, the major first; P() is a copy on every rank.
 
-    `unit`: the first axis of an entry cuts between whole units, such as heads, never inside one.
+    `unit`: the first axis of the first entry cuts between whole units, such as heads, never inside one.
     """
 
     unit: int
+    unit_dim: int
 
-    def __new__(cls, *dims: str | tuple[str, ...] | None, unit: int = 1) -> P:
+    def __new__(cls, *dims: str | tuple[str, ...] | None, unit: int = 1, unit_dim: int | None = None) -> P:
         new = super().__new__(cls, [((d,) if isinstance(d, str) else tuple(d or ())) for d in dims])
         new.unit = unit
+        new.unit_dim = next((i for i, d in enumerate(new) if d), 0) if unit_dim is None else unit_dim
         return new
 
     @property
@@ -37,17 +39,17 @@ class P(tuple[tuple[str, ...], ...]):
     def within(self, mesh: Mesh) -> P:
         """Without the axes along which nobody else lies."""
         kept = [tuple(a for a in dim if mesh.size(a) > 1) for dim in self]
-        return P(*kept, unit=self.unit if any(kept) else 1)
+        return P(*kept, unit=self.unit if any(kept) else 1, unit_dim=self.unit_dim)
 
     def further(self, dim: int, axis: str) -> P:
         """This spec with a dimension split once more, inside each part."""
         dims = [*self, *[()] * (dim + 1 - len(self))]
         dims[dim] = (*dims[dim], axis)
-        return P(*dims, unit=self.unit)
+        return P(*dims, unit=self.unit, unit_dim=self.unit_dim)
 
     def without(self, axis: str | None) -> P:
         """This spec with one axis taken out."""
-        return P(*(tuple(a for a in dim if a != axis) for dim in self), unit=self.unit)
+        return P(*(tuple(a for a in dim if a != axis) for dim in self), unit=self.unit, unit_dim=self.unit_dim)
 
     def __repr__(self) -> str:
         words = ["None" if not d else repr(d[0]) if len(d) == 1 else repr(d) for d in self]
@@ -74,7 +76,7 @@ def slices(shape: Shape, spec: P, mesh: Mesh, rank: int | None = None) -> tuple[
     at = coordinates(mesh.shape, mesh.rank if rank is None else rank)
     out = []
     for dim, n in enumerate(shape):
-        low, high, unit = 0, n, spec.unit
+        low, high, unit = 0, n, spec.unit if dim == spec.unit_dim else 1
         for axis in spec.of(dim):
             if mesh.size(axis) > 1:
                 start, stop = span(-(-(high - low) // unit), mesh.size(axis), at[axis])

@@ -90,7 +90,7 @@ def strategy(name: str | Strategy, **schedule: Any) -> Strategy:
     for field in schedule:
         if field not in fields:
             raise ValueError(f"{field!r} is no field of a schedule{did_you_mean(field, fields)}")
-    return replace(row, **schedule)
+    return replace(row, **schedule) if schedule else row
 
 
 def mesh_for(row: Strategy, world: int, shape: Shape | None = None) -> Shape:

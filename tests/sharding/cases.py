@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,10 +55,11 @@ def together(
     steps: int = 3,
     rows: int = ROWS,
     compute: fnlm.Compute | None = None,
+    seed: Callable[[Mesh], int] = lambda mesh: 3,
 ) -> Result:
     layout = layout_of(cfg, how, mesh)
     plan = fnlm.Plan(micro_batches=micro)
-    state = sharded_state(random_params(fnlm.shapes(cfg)), optimizer, layout, plan, fnlm.key(3))
+    state = sharded_state(random_params(fnlm.shapes(cfg)), optimizer, layout, plan, fnlm.key(seed(mesh)))
     step = make_sharded_step(
         lambda axes: fnlm.make_lm_loss(cfg, compute or fnlm.Compute(), axes), optimizer, layout, plan
     )
