@@ -222,3 +222,21 @@ def test_their_own_files_are_read_as_they_read_them(architecture: str, dtype: to
         assert {k: tuple(v.shape) for k, v in params.items()} == shapes(read.cfg)
         exact = dtype == torch.float64 and cfg.positions == "learned"
         torch.testing.assert_close(fnlm.forward(params, ids, read.cfg), want, rtol=0, atol=1e-10 if exact else 1e-5)
+
+
+@pytest.mark.slow
+def test_a_published_model_says_the_same_for_200_tokens(test_data: Path) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    import transformers
+
+    folder = test_data / "weights" / "stories260K"
+    start = torch.tensor([[1, 403, 407, 261, 378]])  # Once upon a time
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    want = loaded.generate(start, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for source in (folder, folder / "stories260K.bin"):
+        model, ids = interop.read(source), start
+        params = model.load()
+        for _ in range(200):
+            ids = torch.cat([ids, fnlm.forward(params, ids, model.cfg)[:, -1:].argmax(-1)], 1)
+        assert torch.equal(ids, want)
