@@ -16,6 +16,7 @@ import torch
 
 from fnlm.checkpoint import CheckpointError
 from fnlm.generate import Generation
+from fnlm.machine import route_fp32_to_onednn
 from webui.batch import ROWS, Batch
 from webui.jobs import Busy, Event, Failure, Job, Refused, Reply, Start, Stopped, Ticket, read
 from webui.metrics import Metrics
@@ -37,6 +38,8 @@ class Engine:
         self.most_waiting = streams if waiting is None else waiting
         self.metrics = Metrics()
         self._make, self._threads = batch, torch.get_num_threads()
+        self._products = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+        self._tuned: bool | None = None
         self._change = threading.Condition()
         self._waiting: list[Reply] = []
         self._active: list[Reply] = []
@@ -106,7 +109,7 @@ class Engine:
             self._admit()
             for stage in list(self._stages):
                 if stage.replies:
-                    torch.set_num_threads(1 if stage.small else self._threads)
+                    self._tune(stage.small)
                     stage.step()
         for stage in self._stages:
             stage.end(STOPPING)
@@ -114,6 +117,15 @@ class Engine:
             left, self._waiting = self._waiting, []
         for reply in left:
             reply.say("error", STOPPING)
+
+    def _tune(self, small: bool) -> None:
+        """One thread and MKL for a small model; all threads, and oneDNN where it is faster, for others."""
+        if small is self._tuned:
+            return
+        self._tuned = small
+        torch.set_num_threads(1 if small else self._threads)
+        if small or self.models.device != "cpu" or not route_fp32_to_onednn():
+            torch.backends.mkldnn.matmul.fp32_precision = self._products  # type: ignore[attr-defined]
 
     def _wait(self) -> bool:
         """Until there is work; False: stop."""
