@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from fnlm.sharding.mesh import Mesh
 from fnlm.sharding.reductions import everywhere, global_norm, total
 from fnlm.sharding.specs import span
 from fnlm.sharding.strategy import batch_axes, row_axes
+from fnlm.sharding.torch_ddp import TorchLink, TorchReducer
 from fnlm.types import Batch, Key, Params
 
 
@@ -44,9 +45,14 @@ class Ranks:
 
     layout: Layout
     local: bool = False
+    _ddp: list[TorchReducer] = field(default_factory=list, compare=False, repr=False)  # made at the first step
 
-    def link(self, params: Params) -> Link:
+    def link(self, params: Params) -> Link | TorchLink:
         """The traffic of one step on parameters at rest."""
+        if self.layout.strategy.reducer == "torch" and self.layout.copies is not None:
+            if not self._ddp:
+                self._ddp.append(TorchReducer(self.layout, params))
+            return self._ddp[0].link()
         return Link(self.layout, next(iter(params.values())).dtype)
 
     def mine(self, piece: Batch, keys: Key | None) -> tuple[Batch, Key | None]:
