@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,7 @@ def test_two_models_beside_each_other(page: Page) -> None:
     page.wait("document.querySelector('#rival').textContent === 'one'")
     page.say("Once")
     page.wait("document.querySelectorAll('.pair .turn .tools').length === 2")
-    assert page.turns() == ["Once", "one", "two"]
+    assert page.turns() == ["Once", "two", "one"]
 
 
 def test_it_follows_only_from_the_end(page: Page) -> None:
@@ -321,6 +322,47 @@ def test_nothing_sticks_out(page: Page, width: int, scheme: str) -> None:
     assert dark == (scheme == "dark")
     sizes = "[...document.querySelectorAll('input, textarea')].map(n => parseFloat(getComputedStyle(n).fontSize))"
     assert page.js(f"Math.min(...{sizes})") >= 16  # a phone would zoom in on a smaller one
+
+
+def test_a_drawer_is_opened_and_left_by_the_keyboard(page: Page) -> None:
+    page.page.size(360, 740, mobile=True)
+    page.load()
+    focus = "document.activeElement.getAttribute('aria-label')"
+    for name in ("Conversations", "Settings"):
+        page.js(f"document.querySelector('.top [aria-label={name}]').focus()")
+        page.page.key("Enter", 13, "\r")
+        page.wait(f"{focus} === 'Close {name.lower()}'")
+        assert page.js("document.querySelector('#main').inert")
+        page.page.key("Escape", 27)
+        assert page.js(focus) == name
+        assert not page.js("document.querySelector('#main').inert")
+
+
+def test_a_key_is_asked_for(opened: Browser, engine: Engine) -> None:
+    with serving(create_app(engine, api_key="sesame")) as url:
+        opened.do("Page.navigate", url=url)
+        opened.wait("document.readyState === 'complete' && document.querySelector('#key-dialog')?.open")
+        opened.js("localStorage.clear()")
+        for key in ("wrong", "sesame"):
+            opened.wait("document.querySelector('#key-dialog').open")
+            opened.js("document.querySelector('#key').select()")
+            opened.type(key)
+            opened.key("Enter", 13, "\r")
+        opened.wait("document.querySelector('#model-name').textContent === 'plain'")
+        assert not opened.js("document.querySelector('#key-dialog').open")
+        opened.js("localStorage.clear()")
+        opened.do("Page.navigate", url="about:blank")
+        opened.open(f"{url}#key=sesame")
+        opened.wait("document.querySelector('#model-name').textContent === 'plain'")
+        assert opened.js("location.hash") == ""
+
+
+def test_a_fast_reply_is_kept_up_with(page: Page) -> None:
+    page.echo.reply = lambda body: ["word"] * 20_000
+    begun = time.monotonic()
+    page.say("go")
+    assert time.monotonic() - begun < 30  # 3 where it was written
+    assert page.js(WORDS).count("word") == 20_000
 
 
 def test_every_control_has_a_name(page: Page) -> None:

@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { counter, recount } from "./counter.js";
 import { examples } from "./examples.js";
-import { askKey, closeDrawers, frame, grow, showSettings } from "./frame.js";
+import { askKey, closeDrawers, frame, grow, showSettings, slideIn } from "./frame.js";
 import { keys } from "./keys.js";
 import { facts, pick } from "./picker.js";
 import { request } from "./requests.js";
@@ -26,13 +26,20 @@ const box = byId("text");
 
 // Models
 
-async function refreshModels() {
+let refreshing = null; // one at a time: each may ask for the key
+
+function refreshModels() {
+  refreshing ??= fetchModels().finally(() => { refreshing = null; });
+  return refreshing;
+}
+
+async function fetchModels() {
   try {
     models = await api.models();
   } catch (error) {
     if (error.status !== 401) return notify(error.message);
     await askKey();
-    return refreshModels();
+    return fetchModels();
   }
   notify(models.length ? "" : "There is no model in the served folders yet.");
   const named = (name) => models.find((m) => m.name === name);
@@ -204,6 +211,11 @@ const actions = {
   },
 };
 
+function search() {
+  if (getComputedStyle(byId("history")).visibility === "hidden") slideIn("history");
+  byId("search").focus();
+}
+
 function editLast() {
   const node = tree.path(talk).findLast((n) => n.role === "user");
   const element = node && document.querySelector(`article[data-id="${CSS.escape(node.id)}"]`);
@@ -226,7 +238,7 @@ talks(open, () => open(null), reread);
 keys({
   stop: () => stopAll(),
   begin: () => open(null),
-  search: () => { byId("history").classList.add("open"); byId("search").focus(); },
+  search,
   turnTo: (by) => { const node = view.branching(talk); if (node) actions.turnTo(node, by); },
   editLast,
 });

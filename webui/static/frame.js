@@ -17,17 +17,21 @@ export function frame() {
 function opens(id, opener) {
   byId(opener).addEventListener("click", () => {
     if (id === "settings" && wide.matches) return fold();
-    byId(id).classList.add("open");
-    byId(opener).setAttribute("aria-expanded", "true");
-    byId(id).querySelector("[data-close]").focus();
-    return undefined;
+    return slideIn(id);
   });
   byId(id).addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.defaultPrevented || !byId(id).classList.contains("open")) return;
     event.preventDefault();
     closeDrawers();
-    byId(opener).focus();
   });
+}
+
+// A drawer over the page, which is out of reach meanwhile.
+export function slideIn(id) {
+  byId(id).classList.add("open");
+  byId(`show-${id}`).setAttribute("aria-expanded", "true");
+  byId(id).querySelector("[data-close]").focus();
+  byId("main").inert = getComputedStyle(byId("veil")).display !== "none";
 }
 
 // On a wide screen the settings stand beside the conversation, unless they were put away.
@@ -38,12 +42,18 @@ function fold() {
 
 export function showSettings() {
   document.body.classList.remove("no-settings");
-  if (!wide.matches) byId("settings").classList.add("open");
+  if (!wide.matches) slideIn("settings");
 }
 
 export function closeDrawers() {
-  for (const node of document.querySelectorAll(".side.open")) node.classList.remove("open");
-  for (const node of document.querySelectorAll("[aria-expanded][aria-controls]")) if (node.id.startsWith("show-")) node.setAttribute("aria-expanded", "false");
+  byId("main").inert = false;
+  for (const node of document.querySelectorAll(".side.open")) {
+    const opener = byId(`show-${node.id}`);
+    const isInside = node.contains(document.activeElement);
+    node.classList.remove("open");
+    opener.setAttribute("aria-expanded", "false");
+    if (isInside) opener.focus();
+  }
 }
 
 function theme() {

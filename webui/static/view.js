@@ -56,7 +56,7 @@ export function show(talk, actions, at = "end") {
 function pair(talk, node, shown) {
   if (!node?.meta.pair || node !== shown.at(-1)) return null;
   const nodes = talk.nodes[node.parent].children.map((id) => talk.nodes[id]).filter((n) => n.meta.pair === node.meta.pair);
-  return nodes.length === 2 ? nodes : null;
+  return nodes.length === 2 ? nodes.reverse() : null; // the chosen model's was added last
 }
 
 function text(talk, shown, actions) {
