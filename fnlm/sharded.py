@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from fnlm import random
 from fnlm.collectives import Axes
 from fnlm.config import ModelConfig
 from fnlm.params import init_params, shapes
 from fnlm.sharded_optim import shard_optimizer
 from fnlm.sharding.layout import Layout
+from fnlm.sharding.link import Link
 from fnlm.sharding.mesh import Mesh
 from fnlm.sharding.ranks import Ranks
 from fnlm.sharding.specs import P, span
 from fnlm.sharding.strategy import Strategy, strategy
 from fnlm.sharding.whole import shard
-from fnlm.step import Judge, Loss, Metrics, Plan, init_state, make_step
+from fnlm.step import DTYPES, Judge, Loss, Metrics, Plan, init_state, make_step
 from fnlm.types import Batch, Key, Params, TrainState, Transform
 
 Rules = tuple[tuple[str, P], ...]
@@ -91,6 +95,27 @@ def sharded_state(
     """The state before the first step from whole parameters, this rank's part of it; see `init_state`."""
     own = shard_optimizer(optimizer, layout)
     return init_state(shard(params, layout), own, plan or Plan(), random.key(0) if key is None else key)
+
+
+def make_sharded_loss(
+    build: Callable[[Axes], Loss], layout: Layout, plan: Plan | None = None
+) -> Callable[[Params, Batch], Tensor]:
+    """The loss of a batch of all ranks without gradients: run(params at rest, batch) -> 0-d mean over all weights."""
+    loss, ranks = build(axes_of(layout)), Ranks(layout)
+    dtype = DTYPES[(plan or Plan()).precision]
+
+    @torch.no_grad()
+    def run(params: Params, batch: Batch) -> Tensor:
+        mine, _ = ranks.mine(batch, None)
+        wide = {k: p if dtype == torch.float32 else p.to(dtype) for k, p in params.items()}
+        link = Link(layout, next(iter(params.values())).dtype)
+        with link.forward(wide):
+            value = loss(wide, mine, None, link.use).double()
+        weight = mine.weights.sum(dtype=torch.float64)
+        both = ranks.total(torch.stack([value * weight, weight]))
+        return both[0] / torch.where(both[1] > 0, both[1], 1)
+
+    return run
 
 
 def make_sharded_step(

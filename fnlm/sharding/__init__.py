@@ -11,7 +11,7 @@ from fnlm.sharding.reductions import check_copies, everywhere, global_norm, larg
 from fnlm.sharding.simulate import simulate
 from fnlm.sharding.specs import P, Rules, local_shape, part, slices, span, spec_of
 from fnlm.sharding.strategy import ALIASES, STRATEGIES, Strategy, mesh_for, strategy
-from fnlm.sharding.whole import by_axis, gather_whole, scatter_whole, shard, unshard
+from fnlm.sharding.whole import by_axis, gather_whole, scatter_whole, shard, specs_of, unshard
 from fnlm.sharding.wires import Abandoned, Book, Call, Counted, Nobody, Threads
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "gather_whole",
     "scatter_whole",
     "shard",
+    "specs_of",
     "unshard",
     "Abandoned",
     "Book",

@@ -58,8 +58,11 @@ class Ranks:
     def mine(self, piece: Batch, keys: Key | None) -> tuple[Batch, Key | None]:
         """This rank's part of a global micro-batch and of its keys, one per row."""
         rows = slice(None) if self.local else rows_of(piece.tokens.shape[0], self.layout.mesh)
-        at = rows, positions_of(piece.tokens.shape[1], self.layout.mesh)
-        return Batch(*(x[at] for x in piece)), keys if keys is None else keys[rows]
+        own = Batch(*(x[rows] for x in piece))
+        if self.layout.mesh.size("context") > 1:
+            cols = positions_of(piece.tokens.shape[1], self.layout.mesh)
+            own = Batch(*(x[:, cols] for x in own))
+        return own, keys if keys is None else keys[rows]
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over the ranks that split a batch."""

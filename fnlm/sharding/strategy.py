@@ -12,6 +12,9 @@
     context              whole            whole              all-reduce; each rank has some positions
 
 A mesh with an axis `tensor` or `context` adds these to any row: `zero3` on `data=4,tensor=2` is a product.
+Under `context` each block gathers the keys and values of all positions. A ring would hold fewer of them at once, at one
+message per rank and block and an online softmax; with grouped queries they are small, and one gather serves every kind
+of attention, its dropout and its bias as they are.
 """
 
 from __future__ import annotations

@@ -8,11 +8,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fnlm import tree
 from fnlm.collectives import Axis
 from fnlm.sharding.layout import Layout
 from fnlm.sharding.mesh import members
-from fnlm.sharding.specs import Shape, part
-from fnlm.types import Params
+from fnlm.sharding.specs import P, Shape, part
+from fnlm.types import Params, Tree
 
 
 def shard(params: Params, layout: Layout, rank: int | None = None) -> Params:
@@ -26,6 +27,19 @@ def unshard(params: Params, layout: Layout) -> Params:
     for axis, names in by_axis(params, layout):
         out |= gather_whole({k: params[k] for k in names}, layout, axis)
     return {k: v.clone() if v is params[k] else v for k, v in out.items()}
+
+
+def specs_of(state: Tree, layout: Layout) -> dict[str, P]:
+    """The spec of every tensor in a tree by path: that of the parameter it is named after where it lies as that does.
+
+    `adam/mu/embed.weight` lies as `embed.weight`; counts, norms and factored moments are copies on every rank.
+    """
+    out = {}
+    for path, x in tree.leaves(state):
+        name = path.rpartition("/")[2]
+        as_it = name in layout.specs and tuple(x.shape) == layout.local_shape(name)
+        out[path] = layout.specs[name] if as_it else P()
+    return out
 
 
 def by_axis(names: Iterable[str], layout: Layout) -> list[tuple[Axis, list[str]]]:
