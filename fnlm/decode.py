@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fnlm.attention import Places, Rotation, alibi_slopes, scale
 from fnlm.collectives import LOCAL, Axes, psum, pvary
 from fnlm.config import Compute, ModelConfig
-from fnlm.forward import embed, head_weight, norm, reach, rope_table, split_groups, turn, unembed
+from fnlm.forward import embed, norm, reach, rope_table, shape_logits, split_groups, turn
+from fnlm.linear import linear
 from fnlm.mlp import mlp
 from fnlm.types import Params
 
@@ -88,7 +88,7 @@ def picked(cache: KVCache, rows: Tensor) -> KVCache:
 @torch.no_grad()
 def prepare(params: Params, cfg: ModelConfig, dtype: torch.dtype | None = None) -> Prepared:
     """The parameters for `decode`, in another dtype where one is given; what needs no change is shared, not copied."""
-    params = params if dtype is None else {name: p.to(dtype) for name, p in params.items()}
+    params = params if dtype is None else {k: p.to(dtype) if p.is_floating_point() else p for k, p in params.items()}
     groups = split_groups(params, cfg)
     root = groups.pop("root")
     table = root["embed.tokens.weight"]
@@ -100,7 +100,7 @@ def prepare(params: Params, cfg: ModelConfig, dtype: torch.dtype | None = None) 
 def _joined(p: Params) -> Params:
     """A block's dict with one matrix for q, k and v."""
     out = {name: w for name, w in p.items() if name.removeprefix("attn.")[:2] not in ("q.", "k.", "v.")}
-    kinds = [kind for kind in ("weight", "bias") if f"attn.q.{kind}" in p]
+    kinds = [kind for kind in ("weight", "bias", "scale") if f"attn.q.{kind}" in p]
     return out | {f"attn.qkv.{kind}": torch.cat([p[f"attn.{head}.{kind}"] for head in "qkv"]) for kind in kinds}
 
 
@@ -137,7 +137,8 @@ def decode(
         lengths = lengths.to(cache.pos)
         x, pos = x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)], cache.pos + lengths
     x = pvary(norm(ready.root, "norm", x, cfg), axes.tensor)
-    logits = unembed(x, head_weight(ready.root, cfg), cfg)
+    own = "head" if "head.weight" in ready.root else "embed.tokens"
+    logits = shape_logits(linear(ready.root, own, x), cfg)
     return logits if logits.dtype == torch.float64 else logits.float(), cache._replace(pos=pos)
 
 
@@ -247,9 +248,7 @@ def _block(p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: Te
 
 
 def _attend(p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: Tensor, axes: Axes) -> Tensor:
-    qkv = F.linear(pvary(x, axes.tensor), p["attn.qkv.weight"], p.get("attn.qkv.bias")).unflatten(
-        -1, (-1, cfg.head_dim)
-    )
+    qkv = linear(p, "attn.qkv", pvary(x, axes.tensor)).unflatten(-1, (-1, cfg.head_dim))
     n_kv = k.shape[1]
     n_q = qkv.shape[2] - 2 * n_kv
     qk, v_new = qkv.split([n_q + n_kv, n_kv], 2)
@@ -262,7 +261,7 @@ def _attend(p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: T
         y = _look(q, k[:, :, step.seen], v[:, :, step.seen], cfg, step.bias)
     else:
         y = _look_each(q, k, v, cfg, step)
-    out = psum(F.linear(y, p["attn.out.weight"]), axes.tensor)
+    out = psum(linear(p, "attn.out", y, bias=False), axes.tensor)
     return out + p["attn.out.bias"] if cfg.bias else out
 
 

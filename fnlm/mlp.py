@@ -8,6 +8,7 @@ from torch import Tensor
 from fnlm.collectives import Axes, enter, leave, pvary
 from fnlm.config import Kernels, Mlp, ModelConfig
 from fnlm.kernels import needs_plain, squared_relu
+from fnlm.linear import linear
 from fnlm.types import Params
 
 
@@ -15,9 +16,9 @@ def mlp(p: Params, x: Tensor, cfg: ModelConfig, axes: Axes, kernels: Kernels) ->
     """down(activate(up x)), or down(silu(gate x) * up x) for SwiGLU (Shazeer 2020, eq. 5): (B, T, D) -> (B, T, D)."""
     x = enter(x, axes)
     names = ("gate", "up") if cfg.mlp == "swiglu" else ("up",)
-    inner = [F.linear(x, p[f"mlp.{name}.weight"], p.get(f"mlp.{name}.bias")) for name in names]
+    inner = [linear(p, f"mlp.{name}", x) for name in names]
     h = activate(cfg.mlp, *inner, by_hand=kernels == "auto" and not needs_plain())
-    out = leave(F.linear(h, p["mlp.down.weight"]), axes)
+    out = leave(linear(p, "mlp.down", h, bias=False), axes)
     return out + pvary(p["mlp.down.bias"], axes.sequence) if cfg.bias else out
 
 

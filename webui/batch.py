@@ -134,7 +134,7 @@ class Batch:
         new = slice(slot.filled, common)
         for to, source in ((slot.lane.k, best.lane.k), (slot.lane.v, best.lane.v)):
             to[:, slot.row, :, new] = source[:, best.row, :, new]
-        if self.cfg.ngrams:
+        if slot.lane.tokens.shape[1]:
             slot.lane.tokens[slot.row, new] = best.lane.tokens[best.row, new]
         slot.reused += common - slot.filled
         slot.filled = slot.read = common
