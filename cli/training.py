@@ -93,12 +93,13 @@ def paced(run: RunConfig, steps: int, pairs: list[Pair]) -> RunConfig:
 
 
 def shortened(train: TrainConfig, pairs: list[Pair]) -> list[Pair]:
-    """A warm-up and a decay for a run too short for the preset's own, where none are given: as large a part of it."""
+    """A warm-up and a decay for a run too short for the preset's own, where none are given: a tenth, and in proportion."""
     steps = gather.steps_in(pairs)
     if steps is None or steps >= train.steps:
         return []
-    lengths = {"warmup": (train.warmup, 0), "decay_steps": (train.decay_steps, 1)}
-    return [(k, str(max(least, n * steps // train.steps))) for k, (n, least) in lengths.items() if n and n > steps // 2]
+    decay = train.decay_steps or 0
+    found = [("warmup", str(steps // 10))] if train.warmup > steps // 2 else []
+    return found + ([("decay_steps", str(max(1, decay * steps // train.steps)))] if decay > steps // 2 else [])
 
 
 def fresh(base: Settings, wish: Wish, dataset: Dataset, say: Callable[[str], None], adapt: bool) -> Settings:

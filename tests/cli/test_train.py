@@ -126,7 +126,7 @@ def test_file_then_environment_then_command_line(place: Path, run: Run, monkeypa
 def test_a_short_run_keeps_its_shape(place: Path, run: Run) -> None:
     """The preset's warm-up does not fit: it shrinks with the run; ten evaluations, unless they are given."""
     config = json.loads(train(run, "--dry-run", "--quiet", "steps=100"))
-    assert config["train"]["warmup"] == 5
+    assert config["train"]["warmup"] == 10
     assert config["run"]["eval_every"] == 10
     assert json.loads(train(run, "--dry-run", "--quiet", "eval_interval=25"))["run"]["save_every"] == 25
 
