@@ -93,7 +93,7 @@ def paced(run: RunConfig, steps: int, pairs: list[Pair]) -> RunConfig:
 
 
 def shortened(train: TrainConfig, pairs: list[Pair]) -> list[Pair]:
-    """A warm-up and a decay for a run too short for the preset's own, where none are given: a tenth, and in proportion."""
+    """A warm-up and a decay for a run too short for the preset's, where none are given: a tenth, and in proportion."""
     steps = gather.steps_in(pairs)
     if steps is None or steps >= train.steps:
         return []
