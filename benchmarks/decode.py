@@ -5,8 +5,9 @@
 Random parameters; prompts of 32 tokens, each text of --tokens more, drawn at temperature 0.8. Every round takes each
 contestant once, in turn: `alone` is one text in float32; `turns` --texts of them, one token of each in turn, each with
 a cache of its own; `batch-1` and `batch` one and --texts through webui.batch, in the type that `fnlm serve` takes here
-(and the oneDNN products that it turns on). Then the longest gap between two tokens of one text while a prompt as long
-as the context allows joins. Medians over rounds; the last line is JSON. Ratios on a machine that does nothing else.
+(and the oneDNN products that it turns on for large models); `int8-1` and `int8` the same with `--quantize`. Then the
+longest gap between two tokens of one text while a prompt as long as the context allows joins. Medians over rounds; the
+last line is JSON. Ratios on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fnlm import random
 from fnlm.decode import Prepared, prepare
 from fnlm.generate import generate
 from fnlm.machine import route_fp32_to_onednn
+from fnlm.quantize import quantize
 from fnlm.sampling import Settings
 from fnlm.tokenizers import named
 from fnlm.types import Params
@@ -91,19 +93,22 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(1 if size < SMALL else args.threads)
     dtype = dtype_of("auto", "cpu", size)
     wide, own = prepare(params, cfg), prepare(params, cfg, dtype)
+    small = prepare(quantize({k: p.bfloat16() for k, p in params.items()}), cfg)
     n, tokens = args.texts, min(args.tokens, cfg.seq_len - PROMPT - 1)
     contestants: dict[str, Callable[[], float]] = {
         "alone": lambda: tokens / in_turns(wide, cfg, 1, tokens),
         "turns": lambda: n * tokens / in_turns(wide, cfg, n, tokens),
         "batch-1": lambda: tokens / together(own, cfg, 1, tokens)[0],
         "batch": lambda: n * tokens / together(own, cfg, n, tokens)[0],
+        "int8-1": lambda: tokens / together(small, cfg, 1, tokens)[0],
+        "int8": lambda: n * tokens / together(small, cfg, n, tokens)[0],
         "gap": lambda: together(own, cfg, 1, tokens, min(1500, cfg.seq_len - 8))[1],
     }
     rounds: dict[str, list[float]] = {c: [] for c in contestants}
     for _ in range(args.rounds + 1):
         for contestant, run in contestants.items():
             torch.backends.mkldnn.matmul.fp32_precision = "none"
-            if contestant not in ("alone", "turns"):
+            if contestant not in ("alone", "turns") and size >= SMALL:
                 route_fp32_to_onednn()
             rounds[contestant].append(run())
     row: dict[str, object] = {c: round(statistics.median(r[1:]), 4) for c, r in rounds.items()}
@@ -124,6 +129,7 @@ def main() -> None:
         print(f"{row['shape']} ({row['dtype']})", end=": ")
         print(f"one text {alone:.0f} -> {one:.0f} tokens/s ({one / alone:.2f} x)", end=", ")
         print(f"{args.texts} texts {turns:.0f} -> {all_:.0f} ({all_ / turns:.2f} x)", end=", ")
+        print(f"int8 {float(str(row['int8-1'])) / alone:.2f} x and {float(str(row['int8'])) / turns:.2f} x", end=", ")
         print(f"longest gap {1000 * gap:.0f} ms")
     print(json.dumps(rows))
 

@@ -42,6 +42,7 @@ HELP = """\
 @click.option("--system", metavar="TEXT", help="Instructions that precede the conversation.")
 @click.option("--seed", type=int, metavar="N", help="The same answers again. [default: others each time]")
 @click.option("--precision", default="auto", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the parameters.")
+@click.option("--quantize", is_flag=True, help="Matrices in int8: half of bf16, for large models on a CPU.")
 def command(
     model: Path,
     temperature: float,
@@ -52,6 +53,7 @@ def command(
     system: str | None,
     seed: int | None,
     precision: Precision,
+    quantize: bool,
 ) -> None:
     """Talk with a trained model in the terminal.
 
@@ -61,7 +63,7 @@ def command(
     given = {"temperature": temperature, "top_k": top_k or None, "top_p": top_p, "min_tokens": min_tokens}
     settings: dict[str, Any] = {k: v for k, v in {**given, "max_tokens": max_new_tokens}.items() if v is not None}
     Settings(**{"max_tokens": None, **settings})  # what is wrong is said before the model is loaded
-    about, models = only(model, precision)
+    about, models = only(model, precision, quantize)
     talk = Talk(about, Engine(models, streams=1).start(), settings, system, seed)
     try:
         code = talk.run()
@@ -70,11 +72,11 @@ def command(
     click.get_current_context().exit(code)
 
 
-def only(path: Path, precision: Precision) -> tuple[About, Models]:
+def only(path: Path, precision: Precision, quantize: bool) -> tuple[About, Models]:
     """The one model at a path. Raises CheckpointError where there is none, or several: they are named."""
     if not path.exists():
         trained.locate(path)
-    models = Models([path], precision=precision)
+    models = Models([path], precision=precision, quantize=quantize)
     about = list(models.about().values())
     if not about:
         raise CheckpointError(f"{path} holds no model; train one with 'fnlm train' first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from cli.tables import columns
 from fnlm import data, trained
 from fnlm.data import DataError, Dataset
 from fnlm.evaluate import evaluate, window_starts
+from fnlm.quantize import dequantize
+from fnlm.quantize import quantize as small
 from fnlm.trained import Trained
 
 Row = dict[str, Any]
@@ -43,6 +46,7 @@ TOGETHER = 128  # questions asked at once, of about one length
 @click.option(
     "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the products."
 )
+@click.option("--quantize", is_flag=True, help="With matrices rounded to int8, as 'fnlm serve --quantize' has them.")
 @click.option("--device", metavar="D", help="cpu, cuda or cuda:N. [default: cuda where there is a GPU]")
 @click.option("--questions", type=click.IntRange(1), metavar="N", help="Ask N questions of the demo world instead.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON, with all digits.")
@@ -56,6 +60,7 @@ def command(
     checkpoint: str,
     no_ema: bool,
     precision: str,
+    quantize: bool,
     device: str | None,
     questions: int | None,
     as_json: bool,
@@ -74,6 +79,8 @@ def command(
     for path in models:
         at, to = checkpoint_of(path, checkpoint), device or ("cuda" if torch.cuda.is_available() else "cpu")
         which = trained.load(at, "newest" if checkpoint == "newest" else "best", average=not no_ema, device=to)
+        if quantize:
+            which = rounded(which)
         if questions:
             rows.append({"model": path, "checkpoint": str(which.path), "step": which.step} | asked(which, questions))
         else:
@@ -81,6 +88,11 @@ def command(
         click.echo(f"{path}: {rows[-1]['seconds']:.1f} s", err=True)
     lines = scores(rows) if questions else losses(rows)
     click.echo(json.dumps({"models": rows}, indent=2) if as_json else "\n".join(lines))
+
+
+def rounded(model: Trained) -> Trained:
+    """A model with the matrices that int8 leaves of it."""
+    return model._replace(params=dequantize(small(model.params)), cfg=replace(model.cfg, tied=False))
 
 
 def checkpoint_of(path: str, checkpoint: str) -> Path:

@@ -42,6 +42,7 @@ SPARE_THREADS = 8  # for the page and the lists while every stream is taken
 @click.option("--open/--no-open", "open_", default=None, help="Open the page in a browser. [default: on a desktop]")
 @click.option("--max-streams", default=32, show_default=True, type=click.IntRange(1, 512), help="Replies at once.")
 @click.option("--precision", default="auto", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the parameters.")
+@click.option("--quantize", is_flag=True, help="Matrices in int8: half of bf16, for large models on a CPU.")
 @click.option("--device", metavar="D", help="cpu, cuda or cuda:1. [default: a GPU if there is one]")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB", help="Of loaded models' parameters.")
 @click.option(
@@ -55,6 +56,7 @@ def command(
     open_: bool | None,
     max_streams: int,
     precision: Precision,
+    quantize: bool,
     device: str | None,
     memory: float | None,
     grace: float,
@@ -69,7 +71,7 @@ def command(
     if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise ValueError("--api-key must be letters, digits and signs of ASCII without spaces: it travels in a header")
     bytes_ = None if memory is None else int(memory * 1e9)
-    models = Models(named(folders), bytes_, device_of(device), precision)
+    models = Models(named(folders), bytes_, device_of(device), precision, quantize)
     about = list(models.about().values())
     if not about:
         raise CheckpointError(f"{' '.join(map(str, models.folders))} holds no model; train one with 'fnlm train' first")

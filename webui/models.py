@@ -20,6 +20,7 @@ from fnlm.checkpoint import layout
 from fnlm.config import ModelConfig
 from fnlm.decode import Prepared, prepare
 from fnlm.machine import has_fast_bf16
+from fnlm.quantize import quantize
 from fnlm.tokenizers import Tokenizer
 
 Stamp = tuple[tuple[str, int], ...]
@@ -74,6 +75,7 @@ class Models:
 
     Those loaded have at most `memory` bytes together (half of what is free at the start), else the one used longest
     ago is let go. `precision` "auto": bfloat16 on a GPU or a CPU that multiplies it quickly, for large models.
+    `quantize`: their matrices in int8, the rest in bfloat16.
     """
 
     def __init__(
@@ -82,9 +84,10 @@ class Models:
         memory: int | None = None,
         device: str = "cpu",
         precision: Precision = "auto",
+        quantize: bool = False,
     ):
         self.folders = [Path(folder) for folder in folders]
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.quantize = device, precision, quantize
         self.memory = environment.memory_available(device) // 2 if memory is None else memory
         self._loading = threading.Lock()
         self._readers: dict[str, tuple[Stamp, Reader]] = {}
@@ -156,9 +159,12 @@ class Models:
                 raise
             _log.warning("%s: the newer checkpoint cannot be read, the one in memory is kept: %s", name, error)
             return kept[1]
-        dtype = dtype_of(self.precision, self.device, params.count(model.cfg))
-        _log.info("loaded %s, step %d, %s", name, model.step, str(dtype).removeprefix("torch."))
-        return Loaded(model.cfg, prepare(model.params, model.cfg, dtype), model.tokenizer, model.step)
+        dtype = dtype_of("bf16" if self.quantize else self.precision, self.device, params.count(model.cfg))
+        weights = {name: p.to(dtype) for name, p in model.params.items()}
+        said = "int8" if self.quantize else str(dtype).removeprefix("torch.")
+        _log.info("loaded %s, step %d, %s", name, model.step, said)
+        ready = prepare(quantize(weights) if self.quantize else weights, model.cfg)
+        return Loaded(model.cfg, ready, model.tokenizer, model.step)
 
     def _describe(self, name: str, path: Path) -> About | None:
         try:

@@ -77,6 +77,11 @@ def test_options_reach_it() -> None:
     assert slid["loss"] != figures("runs/one")[0]["loss"] != figures("runs/one", "--precision", "bf16")[0]["loss"]
 
 
+def test_rounded_to_int8_it_loses_little() -> None:
+    wide, small = figures("runs/one")[0]["loss"], figures("runs/one", "--quantize")[0]["loss"]
+    assert 0 < abs(small - wide) < 0.01
+
+
 def test_the_checkpoint_can_be_chosen() -> None:
     steps = [figures("runs/one", "--checkpoint", c)[0]["step"] for c in ("best", "newest", "10", "20")]
     assert steps == [10, 20, 10, 20]

@@ -392,3 +392,13 @@ def test_a_model_that_cannot_be_loaded_is_one_answer(tmp_path: Path, caplog: pyt
         assert last.value.message == "a cannot be loaded; the server's log says why"
     assert engine.load() == {"active": 0, "waiting": 0}
     engine.stop()
+
+
+def test_matrices_in_int8(tmp_path: Path) -> None:
+    save(tmp_path / "a", "text", d_model=64)
+    wide, narrow = Models([tmp_path]), Models([tmp_path], quantize=True)
+    assert narrow.get("a").size < 0.4 * wide.get("a").size
+    engine = Engine(narrow, streams=2).start()
+    end = rest(engine.submit([Job("a", prompt="abc", settings={"max_tokens": 20, "min_tokens": 20})]))[-1]
+    assert len(end.value.ids) == 20
+    engine.stop()
