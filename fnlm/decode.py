@@ -15,9 +15,10 @@ from torch import Tensor
 from fnlm.attention import Places, Rotation, alibi_slopes, scale
 from fnlm.collectives import LOCAL, Axes, psum, pvary
 from fnlm.config import Compute, ModelConfig
-from fnlm.forward import embed, norm, reach, rope_table, shape_logits, split_groups, turn
+from fnlm.forward import embed, norm, reach, shape_logits, split_groups, turn
 from fnlm.linear import linear
 from fnlm.mlp import mlp
+from fnlm.places import rope_table
 from fnlm.types import Params
 
 CHUNK = 256  # prompt tokens at a time: on a CPU twice as fast to the first token as 1,500 at once

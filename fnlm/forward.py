@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fnlm import random
-from fnlm.attention import BLOCK, Places, attention, spans_of
+from fnlm.attention import BLOCK, Places, attention
 from fnlm.collectives import LOCAL, Axes, Axis, enter, gather, leave, psum, pvary, split
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
 from fnlm.dropout import dropout
 from fnlm.kernels import joined_linear, needs_plain, rotate
 from fnlm.mlp import mlp
-from fnlm.rotary import amplitude, frequencies
+from fnlm.places import places_of
 from fnlm.sublayers import attention_sublayer, mlp_sublayer
 from fnlm.types import Key, Params
 
@@ -259,33 +259,6 @@ def ngram_ids(tokens: Tensor, order: int, rows: int, vocab_size: int) -> Tensor:
         return code
     code = (code ^ (code >> 32)) & 0xFFFFFFFF  # so that no product overflows int64, which compilers may not expect
     return (((code ^ (code >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF) % rows
-
-
-def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Axes = LOCAL) -> Places:
-    """The position tables for T positions, made once for all blocks."""
-    rope = cfg.positions == "rope"
-    start = axes.context.index * t if axes.context else 0
-    at = torch.arange(start, start + t, device=like.device)
-    rotation = rope_table(at, cfg, like.dtype) if rope else None
-    blocked = compute.kernels != "sdpa" and not like.is_cuda
-    heads = heads_of(cfg, axes)
-    spans = spans_of(t, cfg, like, BLOCK if blocked else None, heads, start)
-    return Places(rotation, spans, heads.start, start)
-
-
-def heads_of(cfg: ModelConfig, axes: Axes) -> slice:
-    """The query heads computed here: those of ceil(H_kv / ranks) key heads, the last ranks may have fewer."""
-    served, ranks = cfg.n_heads // cfg.kv_heads, axes.tensor.size if axes.tensor else 1
-    size, index = -(-cfg.kv_heads // ranks) * served, axes.tensor.index if axes.tensor else 0
-    return slice(min(index * size, cfg.n_heads), min((index + 1) * size, cfg.n_heads))
-
-
-def rope_table(at: Tensor, cfg: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and signed sin for positions (T,): (T, R) each (Su et al. 2021, 3.4.2)."""
-    angle = torch.outer(at.double(), frequencies(cfg, at.device))
-    size = amplitude(cfg)
-    cos, sin = size * angle.cos(), size * angle.sin()
-    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def _site_keys(key: Key | None, batch: int, cfg: ModelConfig) -> list[Tensor] | None:

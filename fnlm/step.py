@@ -7,7 +7,6 @@ backward pass alive (a quarter more memory) and is for analysis.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from fnlm import optim, random, tree
 from fnlm.config import Precision, did_you_mean
 from fnlm.forward import Use, identity
+from fnlm.links import Here, Link, Ranks
 from fnlm.machine import keep_freed_memory
 from fnlm.types import Batch, Key, Params, TrainState, Transform, Tree
 
@@ -32,38 +32,6 @@ class Loss(Protocol):
     """
 
     def __call__(self, params: Params, batch: Batch, key: Key | None, use: Use, /) -> Tensor: ...
-
-
-class Link(Protocol):
-    """How parameters at rest become parameters in use, in one step, and how gradients come home."""
-
-    def forward(self, params: Params, last: bool = True, /) -> AbstractContextManager[None]:
-        """The forward pass of a micro-batch on parameters at rest; `last`: none follows."""
-
-    def use(self, group: str, params: Params, /) -> Params:
-        """What stands just before a group computes."""
-
-    def finish(self, grads: dict[str, Tensor | None], /) -> Params:
-        """From what autograd gave to gradients at rest; {} where they come with a later micro-batch."""
-
-
-class Ranks(Protocol):
-    """What a step asks of the ranks it runs on; `fnlm.sharding.Ranks` answers for every strategy."""
-
-    def link(self, params: Params, /) -> Link:
-        """The traffic of one step."""
-
-    def mine(self, piece: Batch, keys: Key | None, /) -> tuple[Batch, Key | None]:
-        """This rank's part of a micro-batch and of its keys, one per row."""
-
-    def total(self, x: Tensor, /) -> Tensor:
-        """The sum over the ranks that split a batch."""
-
-    def norm(self, tree: Params, /) -> Tensor:
-        """The global norm of what lies as parameters do."""
-
-    def everywhere(self, ok: Tensor, /) -> bool:
-        """Whether all ranks say so, of a 0-d bool."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +91,7 @@ def value_and_grad(loss: Loss, plan: Plan = Plan()) -> Callable[..., tuple[Tenso
         pieces = _pieces(batch, plan.micro_batches)
         ranks, one = plan.ranks, plan.ranks is None and len(pieces) == 1
         keys = _sample_keys(key, pieces, one)
-        link: Link = _Here(plan.use) if ranks is None else ranks.link(params)
+        link: Link = Here(plan.use) if ranks is None else ranks.link(params)
         shared = _live(params, plan.precision)
         if one:
             return _one(loss, shared, pieces[0], keys[0], link, scale)
@@ -140,24 +108,6 @@ def value_and_grad(loss: Loss, plan: Plan = Plan()) -> Callable[..., tuple[Tenso
         return value if ranks is None else ranks.total(value), grads
 
     return run
-
-
-class _Here:
-    """The link of one device: parameters rest where they are used."""
-
-    def __init__(self, use: Use) -> None:
-        self.use, self._like = use, dict[str, tuple[torch.Size, torch.dtype, torch.device]]()
-
-    def forward(self, params: Params, last: bool = True) -> AbstractContextManager[None]:
-        self._like = {k: (x.shape, x.dtype, x.device) for k, x in params.items()}
-        return nullcontext()
-
-    def finish(self, grads: dict[str, Tensor | None]) -> Params:
-        out = {}
-        for name, (shape, dtype, device) in self._like.items():
-            g = grads[name]  # None: the loss does not depend on it
-            out[name] = torch.zeros(shape, dtype=dtype, device=device) if g is None else g
-        return out
 
 
 def _shares(pieces: list[Batch], ranks: Ranks | None) -> Tensor:

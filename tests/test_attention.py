@@ -15,9 +15,9 @@ import fnlm
 from fnlm import blocked
 from fnlm.attention import alibi_slopes, attention
 from fnlm.collectives import LOCAL
-from fnlm.forward import places_of
 from fnlm.kernels import rotate
 from fnlm.params import shapes
+from fnlm.places import places_of
 from tests import reference
 from tests.reference import BASE, CASES, random_params, random_tokens, small_blocks
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fnlm
-from fnlm.forward import hidden, ngram_ids, rope_table
+from fnlm.forward import hidden, ngram_ids
 from fnlm.params import shapes
+from fnlm.places import rope_table
 from tests import reference
 from tests.reference import BASE, CASES, random_params, random_tokens, small_blocks
 

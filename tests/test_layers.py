@@ -16,9 +16,9 @@ FLOORS = (
     "types",
     "tree",
     "random < dropout | config < overrides | collectives | compiling | kernels | machine < environment",
-    "attention < blocked < rotary < linear < mlp < sublayers < forward < losses | optim | sharding | tokenizers | world | quantize",
+    "attention < blocked < rotary < places < linear < mlp < sublayers < forward < losses | optim | sharding | tokenizers | world | quantize",
     "params < presets | sampling | data | decode",
-    "step < sharded_optim < sharded | generate | evaluate | checkpoint < interop < trained | lift | budget",
+    "links < step < sharded_optim < sharded | generate | evaluate | checkpoint < interop < trained | lift | budget",
     "track < loop | report | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names
     "cli | webui",

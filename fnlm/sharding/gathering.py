@@ -54,6 +54,9 @@ class Gathering:
     @contextmanager
     def forward(self, params: Params, last: bool) -> Iterator[None]:
         """The forward pass of a micro-batch; what follows it is the backward pass."""
+        if len({p.dtype for p in params.values()}) > 1:
+            kinds = ", ".join(sorted({str(p.dtype) for p in params.values()}))
+            raise ValueError(f"parameters of {kinds} would travel in one buffer; give them all one dtype")
         self.rest = {g: {s.name: params[s.name].detach() for s in p.slots} for g, p in self.layout.groups.items()}
         self.ahead, self.last = 1, last
         if self.regather:

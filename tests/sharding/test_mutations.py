@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import fnlm
-from fnlm import collectives, optim, sharded_optim
+from fnlm import collectives, optim, places, sharded_optim
 from fnlm.sharded import layout_of
 from fnlm.sharding import Link, Mesh, Ranks, parse_mesh, planned, shard, simulate, strategy
 from fnlm.sharding.gathering import Flight, Gathering
@@ -47,13 +47,13 @@ def norms_not_lifted(patch: Patch) -> None:
 
 
 def heads_counted_by_rank(patch: Patch) -> None:
-    true = forward.heads_of
+    true = places.heads_of
 
     def local(cfg: Any, axes: Any) -> slice:
         heads = true(cfg, axes)
         return slice(0, heads.stop - heads.start)
 
-    patch.setattr(forward, "heads_of", local)
+    patch.setattr(places, "heads_of", local)
 
 
 def replicas_not_reduced(patch: Patch) -> None:
@@ -181,3 +181,11 @@ def test_copies_that_differ_are_seen() -> None:
 
     with pytest.raises(ValueError, match=r"norm.weight differs by 1.00e-09 along data"):
         simulate(2, rank)
+
+
+def test_parameters_of_several_dtypes_are_refused() -> None:
+    layout = layout_of(CFG, "zero2", planned({"data": 2}))
+    params = shard(random_params(fnlm.shapes(CFG)), layout)
+    params["norm.weight"] = params["norm.weight"].float()
+    with pytest.raises(ValueError, match=r"parameters of torch.float32, torch.float64 would travel in one buffer"):
+        fnlm.value_and_grad(fnlm.make_lm_loss(CFG), fnlm.Plan(ranks=Ranks(layout)))(params, batch(CFG, 0))

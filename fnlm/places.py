@@ -1,0 +1,41 @@
+"""Where queries and keys stand in the text and which heads are computed here: the tables that every block reads.
+
+T positions; R the rotated dimensions of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fnlm.attention import BLOCK, Places, spans_of
+from fnlm.collectives import LOCAL, Axes
+from fnlm.config import Compute, ModelConfig
+from fnlm.rotary import amplitude, frequencies
+
+
+def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Axes = LOCAL) -> Places:
+    """The position tables for T positions, made once for all blocks."""
+    rope = cfg.positions == "rope"
+    start = axes.context.index * t if axes.context else 0
+    at = torch.arange(start, start + t, device=like.device)
+    rotation = rope_table(at, cfg, like.dtype) if rope else None
+    blocked = compute.kernels != "sdpa" and not like.is_cuda
+    heads = heads_of(cfg, axes)
+    spans = spans_of(t, cfg, like, BLOCK if blocked else None, heads, start)
+    return Places(rotation, spans, heads.start, start)
+
+
+def heads_of(cfg: ModelConfig, axes: Axes) -> slice:
+    """The query heads computed here: those of ceil(H_kv / ranks) key heads, the last ranks may have fewer."""
+    served, ranks = cfg.n_heads // cfg.kv_heads, axes.tensor.size if axes.tensor else 1
+    size, index = -(-cfg.kv_heads // ranks) * served, axes.tensor.index if axes.tensor else 0
+    return slice(min(index * size, cfg.n_heads), min((index + 1) * size, cfg.n_heads))
+
+
+def rope_table(at: Tensor, cfg: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and signed sin for positions (T,): (T, R) each (Su et al. 2021, 3.4.2)."""
+    angle = torch.outer(at.double(), frequencies(cfg, at.device))
+    size = amplitude(cfg)
+    cos, sin = size * angle.cos(), size * angle.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
