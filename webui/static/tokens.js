@@ -16,18 +16,18 @@ const decoded = (bytes) => {
 
 // Reads tokens as they come; those that share a character become one. `tokens` holds what was read.
 export function collector(tokens = []) {
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   let open = null;
   return {
     tokens,
     take(content) {
       for (const { bytes, logprob, id, top } of content) {
-        open ??= { bytes: [], logprob: 0, ids: [], top };
-        open.bytes.push(...bytes);
+        open ??= { logprob: 0, ids: [], top };
         open.logprob += logprob;
         open.ids.push(id ?? -1);
-        const text = decoded(open.bytes);
-        if (text === null && open.bytes.length < 4) continue;
-        if (text) tokens.push([text, rounded(open.logprob), alternatives(open.top), open.ids]);
+        const text = decoder.decode(new Uint8Array(bytes), { stream: true });
+        if (!text) continue; // the rest of the character comes with the next
+        tokens.push([text, rounded(open.logprob), alternatives(open.top), open.ids]);
         open = null;
       }
     },
