@@ -31,6 +31,11 @@ class Wire(Protocol):
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Work: ...
 
 
+# torch 2.13 has new names for these two, and warns at one of the old ones.
+_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 class Dist:
     """The wire of torch.distributed: one process group."""
 
@@ -44,12 +49,12 @@ class Dist:
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """Fill `out` (size * n) with every rank's `x` (n)."""
-        work: Work = dist.all_gather_into_tensor(out, x, group=self.group, async_op=True)
+        work: Work = _all_gather_single(out, x, group=self.group, async_op=True)
         return work
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
         """Fill `out` (n) with this rank's part of the sum of every rank's `x` (size * n)."""
-        work: Work = dist.reduce_scatter_tensor(out, x, group=self.group, async_op=True)
+        work: Work = _reduce_scatter_single(out, x, group=self.group, async_op=True)
         return work
 
 

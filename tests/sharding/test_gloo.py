@@ -33,7 +33,7 @@ FOUR: list[Case] = [
 def run(world: int, cases: list[Case], folder: Path, timeout: float) -> list[list[list[Any]]]:
     """What each rank printed; none is left behind."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.sharding.processes"]
+    command = [sys.executable, "-W", "error", "-m", "tests.sharding.processes"]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(world), str(folder / "store"), json.dumps(cases)],
