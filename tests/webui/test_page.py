@@ -12,7 +12,7 @@ import pytest
 
 from tests.webui import browser
 from tests.webui.browser import Browser
-from tests.webui.echo import Echo, serving
+from tests.webui.echo import Echo, last, serving
 from tests.webui.hostile import CORPUS
 from webui.app import create_app
 from webui.engine import Engine
@@ -117,6 +117,29 @@ def test_stop_keeps_what_was_written_and_ends_the_reply(page: Page) -> None:
         page.wait("true")
 
 
+def test_two_conversations_are_written_at_once(page: Page) -> None:
+    page.echo.reply, page.echo.pause = (lambda body: [last(body)] * 100), 0.02
+    send = "document.querySelector('#text').value = '{}'; document.querySelector('#composer').requestSubmit()"
+    page.js(send.format("one"))
+    page.wait(f"{WORDS}.length > 10")
+    page.page.click("#new")
+    assert page.js("document.querySelector('#stop').hidden")
+    page.js(send.format("two"))
+    page.wait(f"{WORDS}.length > 10")
+    assert page.js("document.querySelectorAll('#conversations .busy').length") == 2
+    page.js("[...document.querySelectorAll('#conversations .title')].find(n => n.textContent === 'one').click()")
+    length = page.js(f"{WORDS}.length")
+    page.wait(f"{WORDS}.length > {length} + 10")
+    page.js("document.querySelector('#conversations .current .tool').click()")
+    page.js("[...document.querySelectorAll('.menu .item')].at(-1).click()")
+    page.wait("document.querySelectorAll('#conversations .busy').length === 1")
+    page.js("document.querySelector('#conversations .title').click()")
+    page.done()
+    (talk,) = page.kept()
+    assert talk["title"] == "two"
+    assert page.turns() == ["two", " ".join(["two"] * 100)]
+
+
 def test_branches(page: Page) -> None:
     page.say("a")
     page.echo.reply = lambda body: ["second"]
@@ -168,6 +191,10 @@ def test_markdown_is_shown_and_code_is_copied(page: Page) -> None:
     page.press("Copy code")
     page.wait("document.querySelector('.code .done')")
     assert page.js("navigator.clipboard.readText()") == "x = 1"
+    page.js("navigator.clipboard.writeText('')")
+    page.js("clipboard = navigator.clipboard; Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.press("Copy")
+    assert page.js("clipboard.readText()") == source
 
 
 def test_tokens_and_another_in_the_place_of_one(page: Page) -> None:

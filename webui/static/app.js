@@ -14,7 +14,7 @@ import * as tree from "./tree.js";
 import { edit } from "./turn.js";
 import { button, byId, toast } from "./ui.js";
 import * as view from "./view.js";
-import { NEEDS_KEY, isBusy, isWriting, stopAll, write } from "./writing.js";
+import { NEEDS_KEY, isBusy, isWriting, stop, write } from "./writing.js";
 
 let models = [];
 let model = null; // of the models, the one chosen
@@ -106,8 +106,8 @@ function dress() {
   box.placeholder = isChat ? "Say something" : isBegun ? "Add to the text" : "Begin a text";
   byId("text-label").textContent = isChat ? "Message" : "Text";
   byId("send-label").textContent = isChat ? "Send" : "Write";
-  byId("send").hidden = isBusy();
-  byId("stop").hidden = !isBusy();
+  byId("send").hidden = isBusy(talk);
+  byId("stop").hidden = !isBusy(talk);
   document.body.classList.toggle("completing", !isChat);
   mark(talk);
 }
@@ -123,7 +123,7 @@ const keep = () => notify(store.keep(talk) ? "" : "This browser has no room for 
 // Turns
 
 function send(text) {
-  if (isBusy() || !model || (talk.kind === "chat" && !text.trim())) return;
+  if (isBusy(talk) || !model || (talk.kind === "chat" && !text.trim())) return;
   if (!text && !tree.isEmpty(talk)) return void goOn();
   tree.add(talk, tree.last(talk), { role: "user", content: text });
   box.value = "";
@@ -164,7 +164,7 @@ function end(mine, node, isKept) {
 
 // A plain model reads on from the end of the text.
 function goOn() {
-  if (!isBusy() && !tree.isEmpty(talk)) answer(tree.last(talk));
+  if (!isBusy(talk) && !tree.isEmpty(talk)) answer(tree.last(talk));
 }
 
 // What the turns on the page can do.
@@ -174,7 +174,7 @@ const actions = {
   show,
   goOn,
   regenerate(node) {
-    if (!isBusy()) answer(tree.parentOf(talk, node));
+    if (!isBusy(talk)) answer(tree.parentOf(talk, node));
   },
   turnTo(node, by) {
     if (isWriting(node)) return;
@@ -183,7 +183,7 @@ const actions = {
   },
   // What is said anew is a branch of its own; after one's own words, the model answers.
   edited(node, text) {
-    if (isBusy()) return toast("A reply is being written.");
+    if (isBusy(talk)) return toast("A reply is being written.");
     const { meta, model: by } = node;
     const isMine = node.role === "user";
     const made = tree.add(talk, tree.parentOf(talk, node), { role: node.role, content: text, meta: isMine ? {} : { edited: true, seed: meta.seed }, model: by });
@@ -194,7 +194,7 @@ const actions = {
   },
   // Another token in the place of the i-th, and on from there.
   branchAt(node, i, text) {
-    if (isBusy()) return;
+    if (isBusy(talk)) return;
     const before = node.tokens.slice(0, i);
     const all = node.tokens[i][2];
     const [, logprob, id] = all.find(([other]) => other === text);
@@ -224,7 +224,7 @@ function editLast() {
 
 // Another window changed a conversation: the one shown is shown anew.
 function reread(id) {
-  const next = id === talk.id && !isBusy() && store.conversation(id);
+  const next = id === talk.id && !isBusy(talk) && store.conversation(id);
   if (!next) return draw();
   talk = next;
   return show("keep");
@@ -236,7 +236,7 @@ frame();
 counter();
 talks(open, () => open(null), reread);
 keys({
-  stop: () => stopAll(),
+  stop: () => stop(talk),
   begin: () => open(null),
   search,
   turnTo: (by) => { const node = view.branching(talk); if (node) actions.turnTo(node, by); },
@@ -252,12 +252,12 @@ box.addEventListener("keydown", (event) => {
   send(box.value);
 });
 box.addEventListener("input", () => recount(model, box.value));
-byId("stop").addEventListener("click", () => { stopAll(); box.focus(); });
+byId("stop").addEventListener("click", () => { stop(talk); box.focus(); });
 for (const id of ["new", "new-here"]) byId(id).addEventListener("click", () => open(null));
 byId("think").addEventListener("change", () => show("keep"));
 byId("model-button").addEventListener("click", pickModel);
 byId("rival").addEventListener("click", pickRival);
-addEventListener("focus", () => isBusy() || refreshModels());
+addEventListener("focus", () => isBusy(talk) || refreshModels());
 
 draw();
 refreshModels().then(() => {

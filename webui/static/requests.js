@@ -30,5 +30,5 @@ async function begun(body, asked, node, model, signal) {
   const said = node.tokens?.flatMap((token) => token[3]) ?? [-1];
   const start = said.every((id) => id >= 0) ? said : await tokens({ text: node.content });
   const prompt = [...(await tokens({ messages: asked })), ...start];
-  return { ...body, prompt, truncate: true, max_tokens: body.max_tokens ?? model.context };
+  return { ...body, prompt, max_tokens: body.max_tokens ?? model.context };
 }

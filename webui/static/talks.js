@@ -3,6 +3,7 @@
 import * as store from "./store.js";
 import { path, restored, titled } from "./tree.js";
 import { button, byId, download, iconButton, make, menu, saveName, toast } from "./ui.js";
+import { isBusy, stop } from "./writing.js";
 
 const search = byId("search");
 const list = byId("conversations");
@@ -54,7 +55,7 @@ export function draw() {
 function rowOf(talk) {
   const row = make("li", talk.id === current?.id ? "current" : "");
   const name = talk.title || "Untitled";
-  const title = button(name, () => open(talk), "title");
+  const title = button(name, () => open(talk), isBusy(talk) ? "title busy" : "title");
   title.title = name;
   if (talk.id === current?.id) title.setAttribute("aria-current", "true");
   title.addEventListener("dblclick", () => rename(talk, row));
@@ -94,6 +95,7 @@ function rename(talk, row) {
 }
 
 function remove(talk) {
+  stop(talk);
   store.forget(talk.id);
   if (talk.id === current.id) open(null);
   else draw();
@@ -102,6 +104,7 @@ function remove(talk) {
 
 function removeAll(begun) {
   const all = store.conversations();
+  all.forEach(stop);
   for (const talk of all) store.forget(talk.id);
   begun();
   toast(`Deleted ${counted(all.length)}`, ["Undo", () => { all.forEach(store.keep); draw(); }]);

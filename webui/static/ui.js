@@ -42,13 +42,26 @@ export function relabel(node, label) {
 
 export async function copy(text, where) {
   const before = where.getAttribute("aria-label");
-  const label = await navigator.clipboard.writeText(text).then(() => "Copied", () => "The browser does not allow it");
+  const isCopied = navigator.clipboard ? await navigator.clipboard.writeText(text).then(() => true, () => false) : copied(text, where);
+  const label = isCopied ? "Copied" : "The browser does not allow it";
   relabel(where, label);
-  where.classList.toggle("done", label === "Copied");
+  where.classList.toggle("done", isCopied);
   setTimeout(() => {
     relabel(where, before);
     where.classList.remove("done");
   }, 1500);
+}
+
+// The way that is left where the page did not come over TLS or from this machine.
+function copied(text, where) {
+  const box = make("textarea", "unseen");
+  box.value = text;
+  where.after(box);
+  box.select();
+  const isCopied = document.execCommand("copy");
+  box.remove();
+  where.focus();
+  return isCopied;
 }
 
 // Places a box that is shown over the page beside what it belongs to, inside the window.

@@ -9,17 +9,17 @@ export const NEEDS_KEY = "The server asks for its key.";
 const running = new Map(); // by the id of the turn: {talk, stop}
 
 export const isWriting = (node) => running.has(node.id);
-export const isBusy = () => running.size > 0;
-export const stopAll = () => running.forEach(({ stop }) => stop.abort());
+export const isBusy = (talk) => [...running.values()].some((r) => r.talk === talk);
+export const stop = (talk) => running.forEach((r) => r.talk === talk && r.stop.abort());
 
 // Writes into `node` until the reply ends, breaks off or is stopped; what there is stays. `more` hears of each text.
 export async function write(talk, node, { path, body }, more) {
-  const stop = new AbortController();
-  running.set(node.id, { talk, stop });
+  const ends = new AbortController();
+  running.set(node.id, { talk, stop: ends });
   const state = { began: performance.now(), kept: performance.now(), thoughts: collector(node.tokens) };
   try {
-    const { where, what } = await ready(path, body, stop.signal);
-    for await (const part of api.reply(where, what, stop.signal)) take(part, talk, node, state, more);
+    const { where, what } = await ready(path, body, ends.signal);
+    for await (const part of api.reply(where, what, ends.signal)) take(part, talk, node, state, more);
   } catch (error) {
     node.finish = error.name === "AbortError" ? "stopped" : "error";
     if (node.finish === "error") node.error = error.message;
@@ -28,8 +28,11 @@ export async function write(talk, node, { path, body }, more) {
   node.finish ||= "stop";
   if (state.thoughts.tokens.length) node.tokens = state.thoughts.tokens;
   running.delete(node.id);
-  return store.keep(talk);
+  return keep(talk);
 }
+
+// Whether the browser keeps it; what was deleted meanwhile stays deleted.
+const keep = (talk) => !store.conversation(talk.id) || store.keep(talk);
 
 const ready = async (path, body, signal) => ({ where: path, what: typeof body === "function" ? await body(signal) : body });
 
@@ -50,7 +53,7 @@ function take(part, talk, node, state, more) {
   }
   if (performance.now() - state.kept < KEEP_EVERY) return;
   state.kept = performance.now();
-  store.keep(talk);
+  keep(talk);
 }
 
-addEventListener("pagehide", () => running.forEach(({ talk }) => store.keep(talk)));
+addEventListener("pagehide", () => running.forEach(({ talk }) => keep(talk)));
