@@ -51,7 +51,6 @@ class TorchReducer:
             process_group=_process_group(layout.copies.wire),
             bucket_cap_mb=cap,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
             init_sync=False,
         )
 
