@@ -168,7 +168,7 @@ export function pairOf(talk, nodes, actions, parts) {
 }
 
 export function described({ finish, meta, model }, several) {
-  const ends = { stopped: "stopped", length: "cut off at the most tokens" };
+  const ends = { stopped: "stopped", length: "cut off at the most tokens", error: "did not finish" };
   const speed = meta.tokens && meta.seconds ? `${meta.tokens} tokens, ${Math.round(meta.tokens / meta.seconds)} a second` : "";
   const seed = meta.seed !== undefined ? `seed ${meta.seed}` : "";
   return [several ? model : "", meta.edited ? "edited" : ends[finish], speed, seed].filter(Boolean).join(" · ");
