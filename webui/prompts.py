@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from fnlm import data
 from fnlm.generate import encoded
-from fnlm.tokenizers import Tokenizer
 from webui.models import Reader
 
 Messages = list[dict[str, str]]
@@ -50,7 +49,7 @@ def chat_ids(model: Reader, messages: Messages, reply: int | None = None) -> tup
     system, turns = messages[:first], messages[first:]
     starts = [i for i, m in enumerate(turns) if m["role"] == "user" or i == len(turns) - 1] or [0]
     starts = sorted({0, *starts})
-    sizes = _sizes(model.tokenizer, [*system, *turns])
+    sizes = [*_sizes(model, system), *_sizes(model, turns)]
     fixed = sum(sizes[:first]) + len(data.prompt(model.tokenizer, []))
     for start in starts:
         needed = fixed + sum(sizes[first + start :])
@@ -66,12 +65,22 @@ def chat_ids(model: Reader, messages: Messages, reply: int | None = None) -> tup
 
 def _refuse_hopeless(model: Reader, text: str, what: str) -> None:
     """Say that a text is too long without reading all of it, where its bytes alone show that."""
-    least = len(text.encode("utf-8")) // max(map(len, model.tokenizer.table), default=1)
+    least = _least(model, text)
     if least > 2 * model.context:
         raise TooLong(f"the {what} has more than {least} tokens; the model reads at most {model.context - 1}")
 
 
-def _sizes(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """The tokens of each message with its frame."""
-    frame = len(data.prompt(tokenizer, []))
-    return [len(data.prompt(tokenizer, [message])) - frame for message in messages]
+def _least(model: Reader, text: str) -> int:
+    """The fewest tokens that a text may have."""
+    return len(text.encode("utf-8")) // max(map(len, model.tokenizer.table), default=1)
+
+
+def _sizes(model: Reader, messages: Messages) -> list[int]:
+    """The tokens of each message with its frame; from the newest on which they no longer fit back, just too many."""
+    frame, sizes, room = len(data.prompt(model.tokenizer, [])), list[int](), model.context
+    for message in reversed(messages):
+        if sum(sizes) > room or _least(model, message["content"]) > room:
+            sizes.append(room + 1)
+        else:
+            sizes.append(len(data.prompt(model.tokenizer, [message])) - frame)
+    return sizes[::-1]

@@ -277,6 +277,22 @@ def test_the_oldest_turns_are_left_out(engine: Engine) -> None:
         chat_ids(model, messages("c" * 45))
 
 
+def test_what_cannot_fit_is_not_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long history costs what fits, not what there is: a request must not hold up the others."""
+    model, read = engine.models.reader("talk"), list[int]()
+    encode = type(model.tokenizer).encode_batch
+
+    def counted(self: Any, texts: Any) -> Any:
+        read.append(sum(map(len, texts)))
+        return encode(self, texts)
+
+    monkeypatch.setattr(type(model.tokenizer), "encode_batch", counted)
+    turns = [{"role": r, "content": "word " * 5000} for r in ("user", "assistant")] * 20
+    turns += [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    assert chat_ids(model, turns)[1] == 40
+    assert sum(read) < 1000
+
+
 def test_an_empty_text_begins_a_document(engine: Engine) -> None:
     model = engine.models.reader("plain")
     assert text_ids(model, "") == ([model.tokenizer.eot_id], 0)
