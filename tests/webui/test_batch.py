@@ -23,7 +23,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "rope": {"n_heads": 4, "n_kv_heads": 2, "positions": "rope"},
     "learned": {"n_heads": 2},
     "demo": {
-        "n_heads": 2, "positions": "rope", "ngrams": ((2, 40),), "qk_norm": True, "embed_norm": True, "token_shift": 0.5,
+        "n_heads": 2, "positions": "rope", "ngrams": ((2, 40),), "qk_norm": True, "embed_norm": True,
+        "token_shift": 0.5,
     },
     "window-alibi": {"n_heads": 4, "positions": "alibi", "window": 9},
 }  # fmt: skip
