@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from cli.resuming import continued, to_resume
-from cli.training import Wish, begun, open_data, pairs_of, run_options, separated
+from cli.training import RunCommand, Wish, begun, open_data, pairs_of, run_options, separated
 from fnlm import FINETUNING, overrides, trained
 from fnlm.config import Compute, TrainConfig
 from fnlm.loop import RunConfig
 from fnlm.trained import Trained
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(cls=RunCommand, context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="MODEL [FOLDER] [KEY=VALUE]...")
 @run_options
 def command(

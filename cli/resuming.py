@@ -28,8 +28,6 @@ def to_resume(wish: Wish, default_out: Path) -> Found | None:
     """What `--resume` means, or None: a fresh run. Raises CheckpointError where a named PATH has nothing to resume."""
     if wish.resume is None:
         return None
-    if "=" in wish.resume and not Path(wish.resume).exists():
-        raise ValueError(f"--resume {wish.resume}: that is no path; write --resume auto before a setting")
     folder = wish.out or default_out if wish.resume == "auto" else Path(wish.resume)
     if wish.resume != "auto" and not folder.exists():
         raise CheckpointError(f"there is no {folder} to resume from")

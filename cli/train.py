@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from cli.resuming import continued, to_resume
-from cli.training import Wish, begun, open_data, pairs_of, preset_and_data, run_options, separated
+from cli.training import RunCommand, Wish, begun, open_data, pairs_of, preset_and_data, run_options, separated
 from fnlm import PRESETS, TRAINING, overrides, trained
 from fnlm.config import Compute, TrainConfig
 from fnlm.loop import RunConfig
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(cls=RunCommand, context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[PRESET] [FOLDER] [KEY=VALUE]...")
 @click.option("--init-from", type=click.Path(path_type=Path), metavar="MODEL", help="Start from a run or checkpoint.")
 @run_options

@@ -61,6 +61,17 @@ OPTIONS = (
 NAMES = ("--data", "--out", "--resume", "--config", "--track", "--force", "--partial", "--dry-run", "--quiet", "--json")
 
 
+class RunCommand(click.Command):
+    """A command of which `--resume`, with no path, may also stand before a setting: `--resume steps=700`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        bare = [
+            word == "--resume" and "=" in after and not Path(after).exists()
+            for word, after in zip(args, [*args[1:], ""], strict=True)
+        ]
+        return super().parse_args(ctx, ["--resume=auto" if it else word for word, it in zip(args, bare, strict=True)])
+
+
 def run_options(command: F) -> F:
     """The options that both commands have."""
     for option in reversed(OPTIONS):

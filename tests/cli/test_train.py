@@ -164,6 +164,8 @@ def test_a_run_resumes_in_place_and_is_not_overwritten(place: Path, run: Run) ->
 
 def test_resume_auto_starts_where_there_is_nothing(place: Path, run: Run) -> None:
     train(run, "steps=2", "--resume", "auto", "--out", "runs/a")
+    train(run, "--out", "runs/b", "--resume", "steps=2")  # a setting is no path
+    assert "step 3" in train(run, "--out", "runs/b", "--resume", "steps=3")
     assert (Path("runs/a/checkpoints") / "00000002").is_dir()
 
 
