@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any
@@ -47,7 +48,7 @@ def from_stateful_module(module: nn.Module) -> tuple[Apply, Params, Params]:
     copies = {name: tensors[name].detach().clone() for name in dict.fromkeys(entry.values())}
     params = {k: x for k, x in copies.items() if tensors[k].requires_grad}
     buffers = {k: x for k, x in copies.items() if k not in params}
-    skeleton = deepcopy(module, {id(p): _hollow(p) for p in module.parameters() if p.requires_grad})
+    template, here = deepcopy(module, {id(p): _hollow(p) for p in module.parameters() if p.requires_grad}), _Here()
     trained, held = frozenset(params), frozenset(buffers)  # the dicts are the caller's, and may change
     written = {k for k in buffers if not isinstance(tensors[k], nn.Parameter)}
 
@@ -58,10 +59,22 @@ def from_stateful_module(module: nn.Module) -> tuple[Apply, Params, Params]:
         values = {name: given[first] for name, first in entry.items()}
         # One name per module that holds a tensor: under two names of one module, functional_call would put the value
         # of the call, not the module's own, back at the end (pytorch#164759); `tie_weights` adds such names itself.
+        # the compiler traces in one thread at a time, and does not know a thread's own
+        skeleton = template if torch.compiler.is_compiling() else here.copy_of(template)
         out = functional_call(skeleton, values, args, kwargs, tie_weights=False)
         return out, {name: values[name] for name in buffers}
 
     return apply, params, buffers
+
+
+class _Here(threading.local):
+    """The module that this thread calls: functional_call puts tensors into it for the time of a call."""
+
+    own: nn.Module | None = None
+
+    def copy_of(self, template: nn.Module) -> nn.Module:
+        self.own = self.own or deepcopy(template)
+        return self.own
 
 
 def _registered(module: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
@@ -634,3 +635,22 @@ def test_what_cannot_be_stacked() -> None:
         stack([])
     with pytest.raises(ValueError, match="missing a; unknown b"):
         stack([{"a": torch.ones(1)}, {"b": torch.ones(1)}])
+
+
+def test_threads_do_not_meet_in_a_module() -> None:
+    """Each calls the same lifted module with parameters of its own, many times at once."""
+    apply, params = fnlm.from_module(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)))
+    x = torch.ones(2, 3)
+    given = [{k: torch.full_like(p, float(i)) for k, p in params.items()} for i in range(4)]
+    wanted = [apply(p, x) for p in given]
+    wrong = []
+
+    def call(i: int) -> None:
+        wrong.extend(n for n in range(300) if not torch.equal(apply(given[i], x), wanted[i]))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
