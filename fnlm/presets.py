@@ -24,12 +24,13 @@ _FAST: Any = {
     "norm_affine": False, "embed_norm": True, "qk_norm": True, "mlp": "relu2", "positions": "rope",
     "rope_theta": 1000.0, "tied": False, "init": "fan-in", "zero_init_out": True, "zero_init_head": True,
 }  # fmt: skip
+_FEW = ((2, 4096), (3, 8192), (4, 16384))
 _DROP: Any = {"dropout_embed": 0.2, "dropout_attn": 0.2, "dropout_residual": 0.2}
 
 # fmt: off
 PRESETS: dict[str, ModelConfig] = {
     #                            vocab   L   H     D     T
-    "demo":              _model(   657,  2,  2,  128,  256, **_FAST, ngrams=((2, 4096), (3, 8192), (4, 16384)), token_shift=0.5),
+    "demo":              _model(   657,  2,  2,  128,  256, **_FAST, token_shift=0.5, ngrams=_FEW),
     "shakespeare-speedrun": _model( 65,  5,  2,  128,  128, **_FAST, ngrams=((2, 4356), (3, 16384), (4, 65536))),
     "shakespeare-speedrun-pure": _model(65, 5, 2, 128, 128, **_FAST),
     "shakespeare-char":  _model(    65,  6,  6,  384,  256, **_DROP),  # nanoGPT's two character models
