@@ -52,12 +52,14 @@ def evaluate(
     limit: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     compute: Compute = Compute(),
+    nats_of: Callable[[Params, Batch], Tensor] | None = None,
 ) -> Evaluation:
     """The mean loss over all targets of a split; of chat data over the learnt ones. `params` are not changed.
 
     Windows of `seq_len` (the model's by default) lie side by side; with `stride` they overlap and a token is counted
     in the first that holds it, with at least seq_len - stride tokens before it but in the first window. `limit`: that
-    many windows, spread evenly, the same every time. `stop` is asked before each batch.
+    many windows, spread evenly, the same every time. `stop` is asked before each batch. `nats_of`: what computes the
+    summed loss of a batch in place of `nats`, where several ranks do.
 
     Sums are in float64. Bits per byte are the loss in bits times the split's tokens for each byte of its text: the
     tokens include each document's end, the bytes (UTF-8) are those of the text alone. None for chat data and where
@@ -76,7 +78,8 @@ def evaluate(
     while at < len(starts) and not stop():
         batch = batch_of(split, starts[at : at + rows], seq_len, stride, cfg.vocab_size)
         count += int(batch.weights.sum(dtype=torch.float64))
-        total += nats(params, Batch(*(x.to(device) for x in batch)), cfg, compute)
+        here = Batch(*(x.to(device) for x in batch))
+        total += nats(params, here, cfg, compute) if nats_of is None else nats_of(params, here)
         at += rows
     loss = float(total) / count if count else math.nan
     if at >= len(starts) and not count:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -160,3 +161,22 @@ def _read_tensors(file: BinaryIO, size: int, digest: hashlib._Hash) -> dict[str,
         digest.update(view)
     digest.update(file.read())
     return tensors
+
+
+def read_boxes(path: Path, box: Callable[[str, tuple[int, ...]], tuple[slice, ...]], prefix: str) -> dict[str, Tensor]:
+    """A box of each tensor, asked for by its name behind the prefix, in new memory; the rest is not read or checked."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(LENGTH), "little")
+        header = json.loads(file.read(length))
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        dtype, shape, (start, end) = NAMED[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if end == start:
+            whole = torch.empty(shape, dtype=dtype)
+        else:
+            count, at = math.prod(shape), LENGTH + length + start
+            whole = torch.frombuffer(content, dtype=dtype, count=count, offset=at).view(shape)
+        found[prefix + name] = whole[box(prefix + name, shape)].clone(memory_format=torch.contiguous_format)
+    return found

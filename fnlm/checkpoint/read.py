@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fnlm import tree
 from fnlm.checkpoint import layout
-from fnlm.checkpoint.files import CheckpointError, read_safetensors
+from fnlm.checkpoint.files import CheckpointError, read_boxes, read_safetensors
 from fnlm.checkpoint.write import dtype_name
 from fnlm.config import ModelConfig, did_you_mean
 from fnlm.types import Params, TrainState, Tree
@@ -22,12 +23,19 @@ ROWS = 20  # of a table of differences
 _log = logging.getLogger(__name__)
 
 
-def restore(path: str | Path, like: TrainState, partial: bool = False) -> tuple[TrainState, dict[str, Any]]:
+Box = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
+"""What is wanted of a tensor, by its path (`params/...`) and its whole shape."""
+
+
+def restore(
+    path: str | Path, like: TrainState, partial: bool = False, part: Box | None = None
+) -> tuple[TrainState, dict[str, Any]]:
     """The state of a checkpoint and its `extra`: shaped as `like`, bit for bit as saved, on the devices of `like`.
 
     A run's folder stands for its newest good checkpoint. `like` may lie on the meta device: only its shapes and dtypes
     are used. CheckpointError with a table where names, shapes or dtypes differ. `partial=True` takes what fits and
     keeps the tensors of `like` for the rest; the table is logged, and `extra["skipped"]` lists the paths.
+    `part`: of each tensor only this box is read, and its bytes are not checked: `verify` does that once, for all ranks.
     """
     path = layout.resolve(path)
     about = layout.describe(path)
@@ -35,7 +43,7 @@ def restore(path: str | Path, like: TrainState, partial: bool = False) -> tuple[
     rows = _differences(about["tensors"], wanted)
     if rows and not partial:
         raise CheckpointError(_table(path, about, rows) + _remedy(about))
-    saved = _read(path, about)
+    saved = _read(path, about) if part is None else _read_parts(path, about, part)
     odd = {name for _, name, _ in rows}
     flat = {k: saved[k].to(_device(t)) if k not in odd else _kept(k, t) for k, t in wanted.items()}
     both = {"params": like.params, "opt_state": like.opt_state}
@@ -102,6 +110,16 @@ def _read(path: Path, about: dict[str, Any], prefix: str = "") -> dict[str, Tens
             tensors = read_safetensors(path / name, files[name]["sha256"])
             found |= tensors if name == layout.OPT_STATE else {f"params/{k}": v for k, v in tensors.items()}
     return {k: found[k] for k in about["tensors"] if k.startswith(prefix)}
+
+
+def _read_parts(path: Path, about: dict[str, Any], part: Box) -> dict[str, Tensor]:
+    """As `_read`, of each tensor only a box."""
+    files = layout.manifest(path)["files"]
+    found: dict[str, Tensor] = {}
+    for name in (layout.PARAMS, layout.FROZEN, layout.OPT_STATE):
+        if name in files:
+            found |= read_boxes(path / name, part, "" if name == layout.OPT_STATE else "params/")
+    return {k: found[k] for k in about["tensors"]}
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Tensor]) -> list[tuple[str, str, str]]:

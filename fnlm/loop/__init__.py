@@ -7,6 +7,7 @@ from fnlm.loop.memory import DoesNotFit
 from fnlm.loop.run import fit, start
 from fnlm.loop.settings import KINDS, RunConfig, Settings
 from fnlm.loop.signals import Stop
+from fnlm.loop.together import for_world, mesh_of, simulated
 
 __all__ = [
     "KINDS",
@@ -20,9 +21,12 @@ __all__ = [
     "claim",
     "described",
     "fit",
+    "for_world",
     "keys_of",
+    "mesh_of",
     "read_config",
     "resumable",
     "settings_of",
+    "simulated",
     "start",
 ]

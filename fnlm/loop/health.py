@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,9 @@ def norms(tree: Params) -> dict[str, Tensor]:
     return {group: torch.linalg.vector_norm(torch.stack(parts)) for group, parts in groups.items()}
 
 
-def health(grads: dict[str, Tensor], before: Params, after: Params) -> dict[str, float]:
+def health(
+    grads: dict[str, Tensor], before: Params, after: Params, norms: Callable[[Params], dict[str, Tensor]] = norms
+) -> dict[str, float]:
     """Metrics by group: grad_norm, param_norm, and update_ratio = |after - before| / |before|."""
     resting = norms(before)
     moved = norms({name: after[name] - p for name, p in before.items()})

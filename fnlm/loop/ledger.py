@@ -22,10 +22,11 @@ class Ledger:
     `unmade` counts the steps without an update: the schedule goes by updates. `loss` is the mean of the last row.
     """
 
-    def __init__(self, job: Job, notes: dict[str, Any]) -> None:
+    def __init__(self, job: Job, notes: dict[str, Any], ranks: int = 1) -> None:
         self.clock = Clock()
         self._job, self._rate = job, schedule_of(job.train, job.train.lr)
-        self._peak = peak_flops(job.device, job.train.precision)
+        peak = peak_flops(job.device, job.train.precision)
+        self._peak = peak and peak * ranks
         self._losses: list[Tensor] = []
         self._clipped, self._norm = 0, torch.tensor(math.nan)
         self.remember(notes)

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +19,16 @@ from torch import Tensor
 from fnlm import checkpoint, data, random
 from fnlm.checkpoint import CheckpointError, Saver
 from fnlm.data import Sizes
-from fnlm.evaluate import Evaluation, evaluate
+from fnlm.evaluate import Evaluation
 from fnlm.loop import folder as files
 from fnlm.loop.guard import Guard
-from fnlm.loop.health import health, norms
-from fnlm.loop.job import Begin, Job, Outcome, Reason, keys_of
+from fnlm.loop.health import health
+from fnlm.loop.job import Begin, Outcome, Reason, keys_of
 from fnlm.loop.ledger import Ledger
 from fnlm.loop.samples import PARTED, Sampler
 from fnlm.loop.signals import Stop
-from fnlm.losses import make_lm_loss
-from fnlm.presets import optimizer_of, trained_model
-from fnlm.step import LossScale, Plan, make_step
+from fnlm.loop.team import Alone, CommonSaver
+from fnlm.step import LossScale
 from fnlm.track import JsonLines, Progress, Tracker
 from fnlm.types import Batch, Params, TrainState
 
@@ -58,14 +57,16 @@ def pieces(batch: Batch, rows: int, device: torch.device) -> list[Batch]:
 class Session:
     """One call of `fit`: the state, and what is remembered around it."""
 
-    def __init__(self, job: Job, begin: Begin, saver: Saver, stop: Stop, tracker: Tracker, progress: Progress) -> None:
-        self.job, self.state, self.saver, self.stop = job, begin.state, saver, stop
+    def __init__(
+        self, team: Alone, begin: Begin, saver: Saver | CommonSaver, stop: Stop, tracker: Tracker, progress: Progress
+    ) -> None:
+        job = team.job
+        self.team, self.job, self.state, self.saver, self.stop = team, job, begin.state, saver, team.stopping(stop)
         self.tracker, self.progress = tracker, progress
-        loss = make_lm_loss(trained_model(job.cfg, job.train), job.compute)
-        self.take = make_step(loss, optimizer_of(job.train, job.cfg), Plan(job.train.precision), self._judge)
+        self.take = team.step(self._judge)
         self.sizes = Sizes(job.train.ramp, job.train.batch_size * job.train.micro_batches)
         _, self.order, _, self.sample_key = keys_of(job.train)
-        self.guard, self.ledger = Guard(job.run.guard_z), Ledger(job, begin.notes)
+        self.guard, self.ledger = Guard(job.run.guard_z), Ledger(job, begin.notes, team.world)
         self.clock = self.ledger.clock
         self.sampler = Sampler(job.cfg, job.run, job.dataset, job.folder / files.SAMPLES)
         self.refused: str | None = None
@@ -130,7 +131,7 @@ class Session:
             self._log()
         if self.watched:
             grads, before = self.watched
-            self._row(health(grads, before, self.state.params))
+            self._row(health(grads, before, self.state.params, self.team.norms))
             self.watched = None
         if ended is None and self.stop():
             ended = self._stopped()
@@ -139,9 +140,9 @@ class Session:
     def _judge(self, value: Tensor, norm: Tensor, grads: Params, params: Params) -> bool:
         """Between gradients and optimizer: whether to take the step (`fnlm.step.Judge`)."""
         if due(self.step, self.job.run.health_every) or (self.job.run.health_every and self.step == 0):
-            self.watched = norms(grads), {name: p.clone() for name, p in params.items()}
+            self.watched = self.team.norms(grads), {name: p.clone() for name, p in params.items()}
         if self.job.run.guard != "off":
-            self.refused = self.guard.reason(float(value), float(norm))
+            self.refused = self.guard.reason(*self.team.agreed(value, norm))
         return self.refused is None
 
     def _after_refusal(self) -> Outcome | None:
@@ -168,7 +169,7 @@ class Session:
         if self.rollbacks >= self.job.run.guard_limit:
             return self._end("not finite", f"step {bad}: {self.refused}, after {self.rollbacks} rollbacks")
         rollbacks, skipped = self.rollbacks + 1, self.ledger.skipped
-        state, notes = checkpoint.restore(path, self.state)
+        state, notes = self.team.restore(path, self.state)
         self._remember(notes)
         self.ledger.remember(notes)
         self.rollbacks, self.ledger.skipped = rollbacks, skipped
@@ -219,18 +220,14 @@ class Session:
         """The evaluation of the step that was resumed at: it comes after the save, and may be missing."""
         if not due(self.step, self.job.run.eval_every) or self.step >= self.job.train.steps:
             return None
-        rows = JsonLines.read(self.job.folder / files.METRICS)
+        rows = JsonLines.read(self.job.folder / files.METRICS) if self.team.lead else []
         known = [row["val/loss"] for row in rows if row.get("step") == self.step and row.get("val/loss") is not None]
-        return self._compare(known[-1]) if known else self._evaluate()
+        loss = self.team.said(known[-1] if known else None)
+        return self._evaluate() if loss is None else self._compare(loss)
 
     def _evaluate(self) -> Outcome | None:
         """Measure the validation loss; note the best; end where patience is over, or a signal came."""
-        job = self.job
-        fast: Literal["bf16", "fp32"] = "bf16" if job.train.precision == "bf16" else "fp32"
-        val_split, limit = job.dataset.val, job.run.eval_windows
-        val = evaluate(
-            averaged(self.state), job.cfg, val_split, precision=fast, limit=limit, stop=self.stop, compute=job.compute
-        )  # fmt: skip
+        val = self.team.evaluate(averaged(self.state), self.stop)
         if not val.complete:
             return self._stopped()
         self.val = val
@@ -251,8 +248,11 @@ class Session:
         return None
 
     def _sample(self) -> None:
+        params = self.team.whole(averaged(self.state))
+        if params is None:
+            return
         try:
-            text = self.sampler.write(averaged(self.state), random.fold_in(self.sample_key, self.step), self.step)
+            text = self.sampler.write(params, random.fold_in(self.sample_key, self.step), self.step)
         except ValueError as error:
             return self._event("sample failed", f"no sample: {error}")
         if text and not self.progress.quiet:
@@ -279,7 +279,10 @@ class Session:
 
     def _log(self) -> None:
         """The training row of the steps since the last one."""
-        self._row(self.ledger.row(self.step, self.sizes.at(self.step - 1), self.tokens))
+        row = self.ledger.row(self.step, self.sizes.at(self.step - 1), self.tokens)
+        if row["mem/peak_bytes"] is not None:
+            row["mem/peak_bytes"] = int(self.team.most(row["mem/peak_bytes"]))
+        self._row(row)
 
     def _row(self, row: dict[str, Any]) -> None:
         self.tracker.log({"step": self.step, **row})

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from fnlm.config import Compute, ModelConfig, TrainConfig, did_you_mean
+from fnlm.sharding import parse_mesh, strategy
 
 Guard = Literal["skip", "stop", "rollback", "off"]
 
@@ -34,6 +35,9 @@ class RunConfig:
     patience: int | None = None  # evaluations without a better one that end the run
     trackers: tuple[str, ...] = ()
     device: str = "auto"
+    strategy: str = "single"  # how the ranks share the work: a row of `fnlm.sharding.STRATEGIES`
+    mesh: str | None = None  # such as data=2,tensor=2; None: all ranks along the strategy's own axis
+    timeout: float = 600.0  # seconds after which a rank that others wait for counts as lost
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "save_every", "health_every", "sample_every"):
@@ -45,6 +49,10 @@ class RunConfig:
                 _whole(self, name, 1)
         if self.guard not in get_args(Guard):
             raise ValueError(f"guard={self.guard!r} is unknown{did_you_mean(self.guard, get_args(Guard))}")
+        strategy(self.strategy)
+        parse_mesh(self.mesh or "")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout} seconds must be more than 0")
         if self.guard_z < 0:
             raise ValueError(f"guard_z={self.guard_z} must not be negative; 0 lets every finite loss pass")
 

@@ -15,11 +15,12 @@ from fnlm.sharding.wires import Abandoned, Room, Threads
 R = TypeVar("R")
 
 
-def simulate(ranks: int | Shape, fn: Callable[[Mesh], R], timeout: float = 60.0) -> list[R]:
+def simulate(ranks: int | Shape, fn: Callable[[Mesh], R], timeout: float = 60.0, lasting: bool = False) -> list[R]:
     """fn(mesh) on every rank of a mesh (an int n: data=n); the results in the order of the ranks.
 
     The first error that is no consequence of another one is raised. TimeoutError where ranks do not end in `timeout`
-    seconds without a collective; one that not all ranks come to ends after the same time, and says who is missing.
+    seconds without a collective (`lasting`: never); one that not all ranks come to ends after the same time, and says
+    who is missing.
     """
     shape = {"data": ranks} if isinstance(ranks, int) else ranks
     world = prod(shape.values())
@@ -47,7 +48,7 @@ def simulate(ranks: int | Shape, fn: Callable[[Mesh], R], timeout: float = 60.0)
     for t in threads:
         t.start()
     for t in threads:
-        t.join(2 * timeout)
+        t.join(None if lasting else 2 * timeout)
     first = next((e for _, e in errors if not isinstance(e, Abandoned)), errors[0][1] if errors else None)
     if first is not None:
         raise first

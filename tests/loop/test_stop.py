@@ -16,7 +16,7 @@ import torch
 from fnlm import checkpoint
 from fnlm.checkpoint import CheckpointError, Saver
 from fnlm.data import Dataset
-from fnlm.loop import DoesNotFit, Stop, memory, session
+from fnlm.loop import DoesNotFit, Stop, memory, session, team
 from tests import tiny_runs as tiny
 
 
@@ -46,7 +46,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_it_was(
         if where == "step":
             patch.setattr(session, "pieces", signalling(session.pieces, number))
         elif where == "evaluation":
-            patch.setattr(session, "evaluate", signalling(session.evaluate, number))
+            patch.setattr(team, "evaluate", signalling(team.evaluate, number))
         elif where == "save":
             patch.setattr(Saver, "save", signalling(Saver.save, number))
         else:

@@ -1,0 +1,235 @@
+"""A run by several ranks is the run of one: losses, evaluations, checkpoints; it goes on under any other strategy."""
+
+from __future__ import annotations
+
+import io
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fnlm import checkpoint, loop
+from fnlm.checkpoint import CheckpointError, Saver
+from fnlm.data import Dataset
+from fnlm.loop import Job, Outcome, session
+from fnlm.params import shapes
+from fnlm.sharding import parse_mesh
+from fnlm.track import Many, Progress
+from tests import tiny_runs as tiny
+
+DROPOUT = {"dropout_embed": 0.1, "dropout_attn": 0.1, "dropout_residual": 0.2}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return tiny.corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def together(job: Job, strategy: str, mesh: str, trackers: tuple[Any, ...] = ()) -> Outcome:
+    """The run of the job by the ranks of a mesh as threads; checked as the command checks it."""
+    run = replace(job.run, strategy=strategy, mesh=mesh, timeout=20)
+    shape = loop.mesh_of(job.cfg, job.train, run, math.prod(parse_mesh(mesh).values()), threads=True)
+    with Progress(job.train.steps, quiet=True, stream=io.StringIO()) as progress:
+        return loop.simulated(replace(job, run=run), Many(trackers), progress, shape)
+
+
+def training(**more: Any) -> Any:
+    return tiny.training(**{"steps": 8, "batch_size": 8, "ema": 0.9, **more})
+
+
+def logged(job: Job, key: str) -> dict[int, float]:
+    return {row["step"]: row[key] for row in tiny.rows(job, key)}
+
+
+def near(a: dict[int, float], b: dict[int, float]) -> bool:
+    return a.keys() == b.keys() and all(abs(a[k] - b[k]) <= 1e-5 for k in a)
+
+
+@pytest.fixture(scope="module")
+def alone(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    job = tiny.job(
+        dataset, tmp_path_factory.mktemp("alone"), training(), tiny.model(dataset, **DROPOUT), health_every=4
+    )
+    tiny.fit(job)
+    return job
+
+
+CASES = [
+    ("ddp_flat", "data=2"),
+    ("ddp_bucketed", "data=3"),
+    ("zero1", "data=2,tensor=2"),
+    ("zero2", "data=2,context=2"),
+    ("zero3", "data=4"),
+    ("zero3", "data=2,tensor=2"),
+    ("hsdp", "replica=2,shard=2"),
+    ("tensor_parallel", "tensor=2"),
+    ("context", "context=2"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "mesh"), CASES)
+def test_ranks_learn_what_one_learns(dataset: Dataset, tmp_path: Path, alone: Job, strategy: str, mesh: str) -> None:
+    """Losses, norms by layer, and evaluations of the average; the checkpoint is one of full tensors."""
+    job = tiny.job(dataset, tmp_path, alone.train, alone.cfg, health_every=4, sample_every=8)
+    outcome = together(job, strategy, mesh)
+    assert (outcome.step, outcome.reason) == (8, "finished")
+    for key in ("train/loss", "train/grad_norm", "val/loss", "health/grad_norm/root", "health/update_ratio/blocks.1"):
+        assert near(logged(alone, key), logged(job, key)), key
+    want, got = (tiny.state_of(x.folder / "checkpoints" / "00000008") for x in (alone, job))
+    assert {k: v.shape for k, v in want.items()} == {k: v.shape for k, v in got.items()}
+    assert max(float((want[k].double() - got[k].double()).abs().max()) for k in want) < 1e-4
+    assert (job.folder / "samples" / "00000008.txt").stat().st_size
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_optimizers_of_whole_matrices(dataset: Dataset, tmp_path: Path, optimizer: str) -> None:
+    train = training(steps=6, optimizer=optimizer, micro_batches=2)
+    a, b = (tiny.job(dataset, tmp_path / x, train, eval_every=0, save_every=3) for x in "ab")
+    tiny.fit(a)
+    together(b, "zero3", "data=3")
+    assert near(logged(a, "train/loss"), logged(b, "train/loss"))
+    resumed = together(replace(b, resume=b.folder / "checkpoints" / "00000003"), "zero2", "data=2,tensor=2")
+    assert resumed.step == 6
+    assert near(logged(a, "train/loss"), logged(b, "train/loss"))
+
+
+def test_a_run_goes_on_elsewhere(dataset: Dataset, tmp_path: Path) -> None:
+    """zero3 on 4, data x tensor, ddp_bucketed on 3, then one process, with dropout: the losses of one process."""
+    train, cfg = training(steps=20), tiny.model(dataset, **DROPOUT)
+    whole, job = (tiny.job(dataset, tmp_path / x, train, cfg, eval_every=10, save_every=5) for x in ("one", "many"))
+    tiny.fit(whole)
+    at = None
+    parts = (5, "zero3", "data=4"), (10, "zero1", "data=2,tensor=2"), (15, "ddp_bucketed", "data=3")
+    for step, strategy, mesh in parts:
+        outcome = together(replace(job, resume=at), strategy, mesh, (tiny.Signal("step", step),))
+        assert (outcome.reason, outcome.signal) == ("signal", signal.SIGTERM)
+        assert step <= outcome.step <= step + 2  # the main thread hears of it while the others go on
+        at = outcome.checkpoint
+        checkpoint.verify(at)
+    assert tiny.fit(replace(job, resume=at)).reason == "finished"
+    for key in ("train/loss", "val/loss"):
+        assert near(logged(whole, key), logged(job, key)), key
+
+
+MESHES = [("single", ""), ("ddp_bucketed", "data=3"), ("zero3", "data=4"), ("zero2", "data=3,tensor=2"),
+          ("hsdp", "replica=2,shard=2"), ("tensor_parallel", "tensor=2"), ("zero1", "data=2,context=2")]  # fmt: skip
+
+
+def test_any_mesh_restores_any_other_bit_for_bit(dataset: Dataset, tmp_path: Path) -> None:
+    """What one saved, each restores and saves again, with no step between."""
+    train = training(steps=3)
+    job = tiny.job(dataset, tmp_path / "a", train)
+    path = tiny.fit(job).checkpoint
+    want = tiny.state_of(path)
+    for turn, (strategy, mesh) in enumerate([*MESHES[1:], *reversed(MESHES[1:])]):
+        again = tiny.job(dataset, tmp_path / str(turn), train, resume=path)
+        path = together(again, strategy, mesh).checkpoint
+        assert path.is_relative_to(again.folder)
+        got = tiny.state_of(path)
+        assert all(torch.equal(want[k], got[k]) for k in want), (strategy, mesh)
+
+
+def test_a_model_that_is_not_finite_ends_all_ranks(dataset: Dataset, tmp_path: Path) -> None:
+    cfg = tiny.model(dataset)
+    params = {k: torch.full(s, math.nan) for k, s in shapes(cfg).items()}
+    job = tiny.job(dataset, tmp_path, training(), cfg, params=params, guard_limit=3)
+    outcome = together(job, "zero3", "data=2")
+    assert (outcome.reason, outcome.step) == ("not finite", 4)
+
+
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fourth batch has a weight of infinity in its last row, which the last rank computes."""
+    pieces, seen = session.pieces, []
+
+    def spoilt(batch: Any, *rest: Any) -> Any:
+        parts = pieces(batch, *rest)
+        seen.append(None)
+        if len(seen) in (7, 8):  # of both ranks
+            parts[-1].weights[-1, -1] = math.inf
+        return parts
+
+    monkeypatch.setattr(session, "pieces", spoilt)
+    job = tiny.job(dataset, tmp_path, training())
+    outcome = together(job, "ddp_bucketed", "data=2")
+    assert outcome.reason == "finished"
+    assert [row["batch"] for row in tiny.rows(job, "event", "batch")] == [3]
+    assert math.isfinite(outcome.loss)
+
+
+def test_rollback_on_all_ranks(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = loop.Guard.reason
+
+    def once(self: loop.Guard, *x: float) -> str | None:
+        said = reason(self, *x)
+        return "bad" if len(self.state()["loss"]) == 6 else said
+
+    monkeypatch.setattr(loop.Guard, "reason", once)
+    job = tiny.job(dataset, tmp_path, training(steps=7), guard="rollback", guard_limit=1, eval_every=0, save_every=4)
+    outcome = together(job, "zero3", "data=2")
+    assert tiny.rows(job, "event")[0]["event"] == "spike"
+    assert "back to step 4" in tiny.rows(job, "event")[1]["message"]
+    assert outcome.step >= 6
+
+
+def test_a_disk_that_stays_full_ends_all_ranks(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*unused: Any, **also: Any) -> None:
+        raise CheckpointError("no space left")
+
+    monkeypatch.setattr(Saver, "save", full)
+    with pytest.raises(CheckpointError, match="no space left"):
+        together(tiny.job(dataset, tmp_path, training(), save_every=1), "zero3", "data=3")
+
+
+def test_a_rank_that_fails_ends_the_others(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    pieces = session.pieces
+
+    def failing(*args: Any) -> Any:
+        if threading.current_thread().name == "rank 1":
+            raise RuntimeError("a bug on rank 1")
+        return pieces(*args)
+
+    monkeypatch.setattr(session, "pieces", failing)
+    with pytest.raises(RuntimeError, match="a bug on rank 1"):
+        together(tiny.job(dataset, tmp_path, training()), "zero3", "data=3")
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "said"),
+    [
+        (4, {"strategy": "zero3", "mesh": "data=3"}, r"mesh data=3 is 3 = 3 ranks, but 4 run"),
+        (4, {"strategy": "zero3", "mesh": "data=2,tensor=3"}, r"6 ranks, but 4 run"),
+        (4, {}, r"4 ranks run, but strategy=single is for one"),
+        (9, {"strategy": "zero3"}, r"8 rows are too few for 9 ranks"),
+        (3, {"strategy": "context"}, r"seq_len=16 is not divisible by context=3"),
+        (2, {"strategy": "hsdp", "mesh": "data=2"}, r"strategy hsdp needs an axis shard"),
+        (2, {"strategy": "ddp"}, r"needs processes"),
+        (3, {"strategy": "tensor"}, r"n_kv_heads=2 .*tensor=3"),
+        (1, {"strategy": "zero3", "mesh": "data=2"}, r"2 ranks, but 1 run"),
+    ],
+)
+def test_what_does_not_fit_is_said_first(dataset: Dataset, world: int, given: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        loop.mesh_of(tiny.model(dataset), training(), loop.RunConfig(**given), world, threads=True)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="strategy 'zero4' is unknown; did you mean"):
+        loop.RunConfig(strategy="zero4")
+    with pytest.raises(ValueError, match="mesh axis 'dat' is unknown"):
+        loop.RunConfig(mesh="dat=2")
+    with pytest.raises(ValueError, match="timeout=0"):
+        loop.RunConfig(timeout=0)
+    run = loop.RunConfig(strategy="zero3", mesh="data=4")
+    assert loop.for_world(run, 3, given=False).mesh is None
+    assert loop.for_world(run, 3, given=True).mesh == "data=4"
+    assert loop.for_world(run, 4, given=False).mesh == "data=4"
