@@ -14,6 +14,7 @@ from fnlm import data, loop
 from fnlm.checkpoint import CheckpointError
 from fnlm.data import DataError, Dataset
 from fnlm.loop import Settings
+from fnlm.loop.folder import held
 
 
 class Found(NamedTuple):
@@ -69,9 +70,8 @@ def continued(found: Found, wish: Wish) -> int:
     if wish.dry_run:
         click.echo(json.dumps(config, indent=2))
         return 0
-    for name in ("checkpoints", "samples"):
-        (found.folder / name).mkdir(parents=True, exist_ok=True)
-    say = say_to_stderr(wish.quiet)
-    return carry_out(
-        job_of(settings, dataset, found.folder, config, resume=found.checkpoint, partial=wish.partial), wish, say
-    )
+    more = {"resume": found.checkpoint, "partial": wish.partial}
+    with held(found.folder):
+        for name in ("checkpoints", "samples"):
+            (found.folder / name).mkdir(exist_ok=True)
+        return carry_out(job_of(settings, dataset, found.folder, config, **more), wish, say_to_stderr(wish.quiet))

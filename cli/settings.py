@@ -27,7 +27,7 @@ VALUES = {
     "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"},
     "compile": {"true": "step", "True": "step", "false": "off", "False": "off"},
 }
-NOT_SETTINGS = ("FNLM_TEST_DATA", "FNLM_HOME")
+NOT_SETTINGS = ("FNLM_API_KEY", "FNLM_TEST_DATA", "FNLM_HOME")
 
 
 def owners() -> dict[str, str]:
@@ -114,7 +114,13 @@ def _text(value: Any) -> str:
 def from_environment(environment: Mapping[str, str] = os.environ) -> list[Pair]:
     """`FNLM_LR=3e-4` as lr=3e-4; a name that is no setting is an error, as it would be on the command line."""
     names = sorted(name for name in environment if name.startswith("FNLM_") and name not in NOT_SETTINGS)
-    return [(name.removeprefix("FNLM_").lower(), environment[name]) for name in names]
+    known, pairs = owners(), [(name.removeprefix("FNLM_").lower(), environment[name]) for name in names]
+    for variable, (key, _) in zip(names, pairs, strict=True):
+        try:
+            _owner(key, known, ())
+        except ValueError as error:
+            raise ValueError(f"environment variable {variable}: {error}") from error
+    return pairs
 
 
 def set_to_auto(pairs: Sequence[Pair], key: str) -> tuple[list[Pair], bool]:

@@ -19,6 +19,7 @@ from fnlm.config import ModelConfig, TrainConfig, did_you_mean, override
 from fnlm.data import DataError, Dataset
 from fnlm.environment import memory_available
 from fnlm.loop import Job, Outcome, RunConfig, Settings, memory
+from fnlm.loop.folder import held
 from fnlm.machine import has_fast_bf16, tune_cpu
 from fnlm.params import init_params, shapes
 from fnlm.track import TRACKERS, Progress, open_trackers, require_trackers
@@ -67,7 +68,7 @@ class RunCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         bare = [
             word == "--resume" and "=" in after and not Path(after).exists()
-            for word, after in zip(args, [*args[1:], ""], strict=True)
+            for word, after in zip(args, [*args, ""][1:], strict=True)
         ]
         return super().parse_args(ctx, ["--resume=auto" if it else word for word, it in zip(args, bare, strict=True)])
 
@@ -251,8 +252,9 @@ def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Tra
         click.echo(json.dumps(config, indent=2))
         return 0
     require_trackers(settings[2].trackers)
-    loop.claim(folder, wish.force)
-    return carry_out(job_of(settings, dataset, folder, config, params=params), wish, say)
+    with held(folder):
+        loop.claim(folder, wish.force)
+        return carry_out(job_of(settings, dataset, folder, config, params=params), wish, say)
 
 
 def preset_and_data(plain: list[str], presets: list[str]) -> tuple[str | None, Path | None]:

@@ -22,6 +22,9 @@ from fnlm.data.sources import TOKENS, Piece, Written, find, pieces
 from fnlm.data.vocabulary import check, dtype_for, learnt_from, make_tokenizer
 from fnlm.tokenizers import Tokenizer
 
+# All that a preparation leaves in its folder.
+WRITTEN = {FILE, tokenizers.FILE, *(f"{name}.{end}" for name in SPLITS for end in ("bin", "npy", "mask"))}
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -77,8 +80,10 @@ def prepare(
             "fnlm": _version(),
         }
         _commit(stage, todo.out, manifest)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(todo.out)  # a full disk does not say where
         raise
     return manifest
 
@@ -238,10 +243,17 @@ def _done(out: Path, settings: dict[str, Any], sources: list[dict[str, Any]]) ->
 
 
 def _stage(out: Path, force: bool, say: Callable[[str], None]) -> Path:
-    """The empty folder beside `out` to write into. Raises ValueError where `out` holds something else."""
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        what = "other data" if (out / FILE).is_file() else "something else"
-        raise ValueError(f"{out} already holds {what}; choose another --out, or --force to replace it")
+    """The empty folder beside `out` to write into. Raises ValueError where `out` holds something else.
+
+    Also with `force` only what a preparation writes is replaced: a text that lies among it may be the only copy.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose another --out")
+    foreign = sorted(path.name for path in out.iterdir() if path.name not in WRITTEN) if out.exists() else []
+    if foreign:
+        raise ValueError(f"{out} already holds something else, {foreign[0]!r}; choose another --out")
+    if not force and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} already holds other data; choose another --out, or --force to replace it")
     stage = out.with_name(f".{out.name}.partial")
     if stage.exists():
         say(f"an earlier preparation of {out} was not finished; starting again")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ CONFIG, METRICS, ENVIRONMENT, CHECKPOINTS, SAMPLES = (
     "checkpoints",
     "samples",
 )
+
+MADE = (CONFIG, METRICS, ENVIRONMENT, CHECKPOINTS, SAMPLES, "tensorboard", "tracker-id")
+LOCK = ".lock"
 
 
 def described(settings: Settings, **more: Any) -> dict[str, Any]:
@@ -73,18 +78,67 @@ def write(folder: Path, config: dict[str, Any], environment: dict[str, Any]) -> 
         beside.replace(folder / name)
 
 
-def claim(folder: Path, force: bool) -> None:
-    """Make the folder of a new run. Raises ValueError where a run has left a checkpoint there.
+class Busy(ValueError):
+    """Another process trains in the folder; the message is one line with the remedy."""
 
-    What a run that never saved has left is removed.
+    exit_code = 1
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder, made where there is none, for this process alone. Raises Busy while another one holds it.
+
+    The system lets go of it when the process dies, however it dies. Where there are no such locks nothing is held.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"another process trains in {folder}; let it end, or choose another --out") from error
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+
+
+def _foreign(folder: Path) -> str | None:
+    """What lies where a run would put its own, in a folder that no run has made."""
+    if checkpoint.is_any(folder / CHECKPOINTS):
+        return None
+    try:
+        if set(KINDS) <= read_config(folder).keys():
+            return None
+    except CheckpointError:
+        pass
+    for path in (folder / name for name in MADE):
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            return path.name
+    return None
+
+
+def claim(folder: Path, force: bool) -> None:
+    """Make the folder of a new run. Raises ValueError where a run has left a checkpoint there, or something else is.
+
+    What a run that never saved has left is removed; with `force` also what one has saved, but nothing that is no run's.
+    """
+    if found := _foreign(folder):
+        raise ValueError(f"{folder} holds {found!r}, which no run of fnlm has written; choose another --out")
     if checkpoint.is_any(folder / CHECKPOINTS) and not force:
         raise ValueError(
             f"{folder} holds a run; continue it with --resume, choose another --out, or replace it: --force"
         )
-    for name in (CHECKPOINTS, SAMPLES, "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (CONFIG, METRICS, ENVIRONMENT, "tracker-id"):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / name for name in MADE):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     (folder / SAMPLES).mkdir(parents=True, exist_ok=True)
     (folder / CHECKPOINTS).mkdir(exist_ok=True)

@@ -242,7 +242,7 @@ def test_a_full_disk_ends_a_preparation(workplace: Path) -> None:
     with unchanged(workplace):
         done = process(workplace, *words, longest_file=2048)
     line = the_error(done.returncode, FAILURE, done.stdout, done.stderr)
-    assert line.endswith("File too large")
+    assert line == "data/full: File too large"
 
 
 def test_a_full_disk_ends_a_run_that_cannot_be_saved(prepared_once: Path) -> None:

@@ -123,6 +123,36 @@ def test_file_then_environment_then_command_line(place: Path, run: Run, monkeypa
         assert config["train"]["clip"] == 2.0
 
 
+def test_a_variable_that_is_no_setting_is_named(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FNLM_API_KEY", "of fnlm serve")
+    train(run, "--dry-run")
+    monkeypatch.setenv("FNLM_STPES", "3")
+    assert "error: environment variable FNLM_STPES: there is no setting 'stpes'" in train(run, expect=2)
+
+
+def test_a_folder_is_of_one_process(place: Path, run: Run) -> None:
+    train(run, "steps=2", "--out", "runs/a")
+    before = Path("runs/a/metrics.jsonl").read_bytes()
+    with loop.folder.held(Path("runs/a")):
+        for words in (("--resume", "steps=4"), ("--force",)):
+            assert "error: another process trains in runs/a; " in train(run, "--out", "runs/a", *words, expect=1)
+    assert Path("runs/a/metrics.jsonl").read_bytes() == before
+    assert not Path("runs/a/.lock").exists()
+    train(run, "steps=4", "--out", "runs/a", "--resume")
+
+
+@pytest.mark.parametrize("name", ["config.json", "samples/mine.wav", "checkpoints/model.pt", "metrics.jsonl"])
+def test_what_no_run_has_written_stays(place: Path, run: Run, name: str) -> None:
+    """Also with --force: `--out .` in somebody's project."""
+    mine = Path("project", name)
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    for words in ((), ("--force",)):
+        text = train(run, "steps=2", "--out", "project", *words, expect=2)
+        assert f"error: project holds {name.partition('/')[0]!r}, which no run of fnlm has written" in text
+    assert [path for path in Path("project").rglob("*") if path.is_file()] == [mine]
+
+
 def test_a_short_run_keeps_its_shape(place: Path, run: Run) -> None:
     """The preset's warm-up does not fit: it shrinks with the run; ten evaluations, unless they are given."""
     config = json.loads(train(run, "--dry-run", "--quiet", "steps=100"))

@@ -275,8 +275,13 @@ def test_the_same_twice_is_left_alone_and_other_data_are_kept(tmp_path: Path) ->
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["a.jsonl", "out"]
     (tmp_path / "mine").mkdir()
     write(tmp_path / "mine" / "thesis.txt", "x")
-    with pytest.raises(ValueError, match="already holds something else"):
-        data.prepare(Preparation((str(file),), tmp_path / "mine", "byte"))
+    for force in (False, True):
+        with pytest.raises(ValueError, match=r"already holds something else, 'thesis\.txt'; choose another --out$"):
+            data.prepare(Preparation((str(file),), tmp_path / "mine", "byte"), force=force)
+        with pytest.raises(ValueError, match=r"a\.jsonl is a file; choose another --out$"):
+            data.prepare(Preparation((str(file),), file, "byte"), force=force)
+    assert file.is_file()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
