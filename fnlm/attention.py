@@ -51,6 +51,8 @@ def attention(
 
     q (B, T, H, K), k and v (B, S, H_kv, K) -> (B, T, H K); a key serves H / H_kv queries. `key` (B, 2) draws dropout.
     """
+    if not q.shape[2]:
+        return q.flatten(2)  # heads are split over ranks, and this one has none
     if key is not None and cfg.dropout_attn:
         kernels = "plain"
     shared = q.shape[2] // k.shape[2]

@@ -99,7 +99,7 @@ def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     rows = x.movedim(dim, 0).contiguous()
     out = rows.new_empty(axis.size * rows.numel())
     axis.wire.all_gather(out, rows.view(-1)).wait()
-    return out.view(-1, *rows.shape[1:]).movedim(0, dim)
+    return out.view(axis.size * rows.shape[0], *rows.shape[1:]).movedim(0, dim)
 
 
 def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -108,7 +108,7 @@ def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
         raise ValueError(f"dimension {dim} of size {rows.shape[0]} is not divisible by {axis.name}={axis.size}")
     out = rows.new_empty(rows.numel() // axis.size)
     axis.wire.reduce_scatter(out, rows.view(-1)).wait()
-    return out.view(-1, *rows.shape[1:]).movedim(0, dim)
+    return out.view(rows.shape[0] // axis.size, *rows.shape[1:]).movedim(0, dim)
 
 
 class _PVary(torch.autograd.Function):

@@ -17,7 +17,7 @@ from fnlm.sharding.layout import Layout
 from fnlm.sharding.link import Link
 from fnlm.sharding.mesh import Mesh
 from fnlm.sharding.ranks import Ranks
-from fnlm.sharding.specs import P, span
+from fnlm.sharding.specs import P
 from fnlm.sharding.strategy import Strategy, strategy
 from fnlm.sharding.whole import shard
 from fnlm.step import DTYPES, Judge, Loss, Metrics, Plan, init_state, make_step
@@ -60,15 +60,14 @@ def layout_of(cfg: ModelConfig, how: str | Strategy, mesh: Mesh) -> Layout:
 
 
 def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
-    """ValueError where some rank would have no heads, or less than one column of the MLP, or no position."""
+    """ValueError for fewer heads or columns of the MLP than ranks to split them over, and for positions left over.
+
+    Of as many or more, the last ranks may still have none: 25 heads on 8 ranks are six times 4, then 1, then 0.
+    """
     n = mesh.size("tensor")
     for what, units in (("n_kv_heads", cfg.kv_heads), ("d_ff", cfg.ff_dim)):
-        if span(units, n, n - 1)[0] >= units:
-            fit = [r for r in range(1, units + 1) if r <= n and span(units, r, r - 1)[0] < units]
-            raise ValueError(
-                f"{what}={units} gives tensor={n} ranks none at the end; "
-                f"choose tensor={', '.join(str(r) for r in fit[:-1])}{' or ' if fit[:-1] else ''}{fit[-1]}"
-            )
+        if units < n:
+            raise ValueError(f"{what}={units} is too few for tensor={n}; choose at most tensor={units}")
     if cfg.seq_len % mesh.size("context"):
         raise ValueError(
             f"seq_len={cfg.seq_len} is not divisible by context={mesh.size('context')}; "

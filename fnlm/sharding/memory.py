@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class Peak(TorchDispatchMode):
-    """Within it, `peak` is the most bytes of tensors made inside that were alive at once; `ignore`: not counted.
+    """Within it, `peak` is the most bytes of tensors made inside that were alive at once, `now` those that are.
+
+    `ignore`: not counted.
 
     Only what is made in this thread is seen: on a CPU, also the backward pass; elsewhere give that to this thread by
     torch.autograd.set_multithreading_enabled(False).
@@ -20,9 +22,11 @@ class Peak(TorchDispatchMode):
 
     def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live: dict[StorageWeakRef, int] = {}
         self.peak = self.now = 0
-        self.ignore = {StorageWeakRef(t.untyped_storage()) for t in ignore}
+        self._bytes: dict[int, int] = {}  # by address, which is free for another storage only after `gone`
+        self._watches: dict[int, weakref.ref[UntypedStorage]] = {}
+        for t in ignore:
+            self._watch(t.untyped_storage(), 0)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -35,12 +39,16 @@ class Peak(TorchDispatchMode):
 
     def _see(self, t: Tensor) -> None:
         storage = t.untyped_storage()
-        ref = StorageWeakRef(storage)
-        if ref in self.live or ref in self.ignore:
-            return
-        self.live[ref] = storage.nbytes()
-        self.now += storage.nbytes()
-        if self.now > self.peak:
-            for gone in [r for r in self.live if r.expired()]:
-                self.now -= self.live.pop(gone)
+        if storage._cdata not in self._bytes:
+            self._watch(storage, storage.nbytes())
             self.peak = max(self.peak, self.now)
+
+    def _watch(self, storage: UntypedStorage, nbytes: int) -> None:
+        at = storage._cdata
+
+        def gone(_: object) -> None:
+            self.now -= self._bytes.pop(at)
+            self._watches.pop(at)
+
+        self._bytes[at], self._watches[at] = nbytes, weakref.ref(storage, gone)
+        self.now += nbytes

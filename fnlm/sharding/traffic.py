@@ -35,7 +35,10 @@ def parameter_calls(layout: Layout, micro_batches: int = 1, rest: int = 4, compu
 
 def sent(book: Iterable[Call]) -> dict[str, float]:
     """The bytes that leave one rank, by axis, where each collective goes around a ring."""
-    out: Counter[str] = Counter()
-    for call in book:
-        out[call.axis] += call.sent  # type: ignore[assignment]  # a Counter of bytes, which may be fractions
-    return dict(out)
+    parts: Counter[tuple[str, int]] = Counter()
+    for call in book:  # whole numbers, as sums of fractions depend on their order
+        parts[call.axis, call.size] += (2 if call.op == "all_reduce" else 1) * call.nbytes * (call.size - 1)
+    out: dict[str, float] = {}
+    for (axis, size), n in parts.items():
+        out[axis] = out.get(axis, 0.0) + n / size
+    return out

@@ -152,8 +152,8 @@ def test_every_parameter_is_in_one_group() -> None:
 @pytest.mark.parametrize(
     ("more", "mesh", "message"),
     [
-        ({"n_kv_heads": 1}, {"tensor": 2}, "n_kv_heads=1 gives tensor=2 ranks none at the end; choose tensor=1"),
-        ({"n_heads": 5, "d_model": 10}, {"tensor": 4}, "n_kv_heads=5 gives .* choose tensor=1, 2 or 3"),
+        ({"n_kv_heads": 1}, {"tensor": 2}, "n_kv_heads=1 is too few for tensor=2; choose at most tensor=1"),
+        ({"n_heads": 2, "d_ff": 1}, {"tensor": 2}, "d_ff=1 is too few for tensor=2; choose at most tensor=1"),
         ({"seq_len": 9}, {"context": 2}, "seq_len=9 is not divisible by context=2; choose a multiple of 2"),
     ],
 )

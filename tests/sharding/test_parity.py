@@ -21,6 +21,7 @@ DATA = ("ddp_flat", "ddp_bucketed", "zero1", "zero2", "zero3")
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "uneven": {"n_heads": 3, "d_model": 12, "d_ff": 10},
+    "five": {"n_heads": 5, "d_model": 10, "d_ff": 13},
     "llama": {"n_heads": 6, "n_kv_heads": 3, "d_model": 24, "positions": "rope", "norm": "rmsnorm", "mlp": "swiglu",
               "qk_norm": True, "tied": False, "bias": False},
     "alibi": {"n_heads": 6, "n_kv_heads": 3, "d_model": 12, "positions": "alibi", "window": 3},
@@ -84,6 +85,12 @@ def test_hsdp(text: str, micro: int) -> None:
 def test_tensor(model: str, size: int, sequence_parallel: bool) -> None:
     how = strategy("tensor_parallel", sequence_parallel=sequence_parallel)
     assert gap(f"tensor={size}", how, model) < LIMIT
+
+
+@pytest.mark.parametrize(("text", "how"), [("tensor=4", "tensor_parallel"), ("data=2,context=2,tensor=4", "zero3")])
+def test_ranks_without_a_head(text: str, how: str) -> None:
+    """Five heads on four ranks are 2, 2, 1, 0."""
+    assert gap(text, how, "five") < LIMIT
 
 
 @pytest.mark.parametrize("size", [2, 4])
