@@ -122,17 +122,16 @@ class Talk:
     def read(self) -> str | None:
         """The next line; None at the end, or after Ctrl-C."""
         try:
-            if not self.terminal:
-                line = sys.stdin.readline()
-                return line.rstrip("\r\n") if line else None
-            return input("> ")
+            line = input("> ") + "\n" if self.terminal else sys.stdin.readline()
+            line.encode("utf-8")  # what is no UTF-8 may have been let through
+            return line.rstrip("\r\n") if line else None
         except EOFError:
             click.echo()
         except KeyboardInterrupt:
             click.echo()
             self.code = INTERRUPTED
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the input is not UTF-8: {error}") from error
+        except UnicodeError as error:
+            raise ValueError("the input is not UTF-8") from error
         return None
 
     def take(self, line: str) -> None:

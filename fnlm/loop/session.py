@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnlm import checkpoint, data, random
+from fnlm import checkpoint, data, random, tokenizers
 from fnlm.checkpoint import CheckpointError, Saver
 from fnlm.data import Sizes
 from fnlm.evaluate import Evaluation
@@ -197,7 +197,9 @@ class Session:
 
     @property
     def _tokenizer(self) -> Path:
-        return self.job.dataset.folder / "tokenizer.json"
+        """The data's; where their folder is gone by now, that of the last checkpoint: the tokens are still mapped."""
+        own = self.job.dataset.folder / tokenizers.FILE
+        return own if own.is_file() or self.saved is None else self.saved / tokenizers.FILE
 
     def _save(self, last: bool = False) -> None:
         """Begin to write a checkpoint of this step, unless there is one. A failure is told, and tried again later."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner, Result
@@ -101,6 +102,13 @@ def test_errors_are_one_line(
     assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.startswith("error: " + says)
     assert result.stderr.count("\n") == 1
+
+
+def test_input_that_is_not_utf8(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8", "surrogateescape"))
+    talk = Talk(next(iter(Models([runs / "talk"]).about().values())), cast(Engine, None), {})
+    with pytest.raises(ValueError, match=r"^the input is not UTF-8$"):
+        talk.run()
 
 
 def test_escape_codes_are_not_written() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,29 @@ def test_the_validation_loss_is_that_of_the_checkpoint(dataset: Dataset, tmp_pat
     assert model.step == 12
     assert evaluate(model.params, model.cfg, dataset.val).loss == pytest.approx(outcome.val.loss, abs=1e-6)
     assert tiny.rows(job, "val/loss")[-1]["val/loss"] == pytest.approx(outcome.val.loss)
+
+
+class Removal:
+    """A tracker that removes a folder when it is told of a step."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.step = folder, step
+
+    def log(self, row: dict[str, Any]) -> None:
+        if row["step"] == self.step:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is mapped")
+def test_a_run_outlives_its_data_folder(tmp_path: Path) -> None:
+    data = tiny.corpus(tmp_path)
+    job = tiny.job(data, tmp_path, save_every=2)
+    outcome = tiny.fit(job, [Removal(data.folder, 5)])
+    assert (outcome.step, outcome.reason, data.folder.exists()) == (12, "finished", False)
+    assert trained.load(job.folder, which="newest").tokenizer.sha256 == data.tokenizer.sha256
 
 
 def test_the_log_says_the_rate_that_was_used(dataset: Dataset, tmp_path: Path) -> None:
