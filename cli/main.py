@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": "Open a chat page and an OpenAI-compatible API.",
     "eval": "Measure a model's loss on prepared data.",
     "bench": "Time the library beside others.",
+    "plan": "Say what a training step will hold and send on a mesh, without the hardware.",
     "inspect": "Show a model's parameters, FLOPs and memory.",
     "export": "Write a model in the files of other software.",
     "import": "Make a run of a model that other software wrote.",
@@ -57,7 +58,9 @@ class Commands(Group):
         words = [word for word in words if word != "--debug"]
         color = False if os.environ.get("NO_COLOR") else None
         try:
-            code = super().main(words, **{"prog_name": "fnlm", "color": color, **extra, "standalone_mode": False})
+            code = super().main(
+                words, **{"obj": tuple(words), "prog_name": "fnlm", "color": color, **extra, "standalone_mode": False}
+            )
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush complains too
             sys.exit(FAILURE)
