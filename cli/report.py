@@ -30,8 +30,12 @@ def command(runs: tuple[Path, ...], out: Path, shown: bool) -> None:
         raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / 'report.html'}")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}")  # so that a browser never loads half a page
-    beside.write_bytes(page)
-    beside.replace(out)
+    try:
+        beside.write_bytes(page)
+        beside.replace(out)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(out)) from error
     click.echo(out)
     if shown and not webbrowser.open(out.resolve().as_uri()):
         click.echo(f"no browser was found; open {out.resolve().as_uri()}", err=True)

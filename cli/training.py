@@ -245,6 +245,8 @@ def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Tra
     say = say_to_stderr(wish.quiet)
     if model:
         data.require_same_tokenizer(dataset, model.tokenizer.sha256, str(model.path))
+        if folder.exists() and folder.resolve() in (model.path.resolve(), *model.path.resolve().parents):
+            raise ValueError(f"{folder} holds the model to start from; choose another --out")
     settings = fresh(base, wish, dataset, say, adapt=model is None)
     params = initial(model, settings, wish.partial) if model else None
     config = described(settings, dataset, init_from=str(model.path) if model else None, **more)

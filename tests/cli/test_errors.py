@@ -90,6 +90,7 @@ MISTAKES = [
     ("train demo data/tale --init-from runs/tiny n_layers=2", BAD, r"runs/tiny.* does not fit: .*"),
     ("train demo data/tale --init-from runs/torn", BAD, r".*runs/torn.*"),
     ("finetune", USAGE, r"which model\?.*"),
+    ("finetune runs/tiny data/tale --out runs/tiny --force", USAGE, r"runs/tiny holds the model to start from; .*"),
     ("finetune runs/tny data/tale", BAD, r"there is no runs/tny; did you mean 'tiny'\?"),
     ("finetune runs/torn data/tale", BAD, r".*runs/torn.*"),
     *((f"{name} runs/tny", BAD, r"there is no runs/tny; did you mean 'tiny'\?") for name in ("report", *MODEL)),

@@ -36,6 +36,14 @@ def test_the_page_is_written_and_its_path_printed(here: Path) -> None:
     assert fnlm("runs/one").exit_code == 0  # replaced
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_what_cannot_be_written_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: Path("/dev/full").open("wb", 0).write(data))
+    result = fnlm("runs/one", "--out", "new/page.html")
+    assert (result.exit_code, result.stderr) == (1, "error: new/page.html: No space left on device\n")
+    assert not list(Path("new").iterdir())
+
+
 def test_it_is_opened(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(webbrowser, "open", lambda address: seen.append(address) or len(seen) == 1)
