@@ -38,7 +38,11 @@ def test_the_page_is_written_and_its_path_printed(here: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_what_cannot_be_written_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "write_bytes", lambda self, data: Path("/dev/full").open("wb", 0).write(data))
+    def write(self: Path, page: bytes) -> None:
+        with open("/dev/full", "wb", 0) as full:
+            full.write(page)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
     result = fnlm("runs/one", "--out", "new/page.html")
     assert (result.exit_code, result.stderr) == (1, "error: new/page.html: No space left on device\n")
     assert not list(Path("new").iterdir())
