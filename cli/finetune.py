@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from cli import ranks
 from cli.resuming import continued, to_resume
-from cli.training import RunCommand, Wish, begun, open_data, pairs_of, run_options, separated
+from cli.training import RunCommand, Wish, begun, open_data, pairs_of, processes_wanted, run_options, separated
 from fnlm import FINETUNING, overrides, trained
 from fnlm.config import Compute, TrainConfig
 from fnlm.loop import RunConfig
@@ -24,6 +25,10 @@ def command(
     resume: str | None,
     config: Path | None,
     track: tuple[str, ...],
+    strategy: str | None,
+    mesh: str | None,
+    nproc: str | None,
+    simulate: int | None,
     force: bool,
     partial: bool,
     dry_run: bool,
@@ -38,13 +43,26 @@ def command(
 
         fnlm finetune runs/demo data/demo-chat steps=500
     """
+    if (world := processes_wanted(nproc, simulate)) > 1:
+        return ranks.launch(click.get_current_context().obj, world)
     plain, given = overrides.split(words)
     given, options = separated(given, ())
     out = out or (Path(options["out"]) if "out" in options else None)
     if len(plain) > 1 and data is None:
         data = Path(plain.pop(1))
     data = data or (Path(options["data"]) if "data" in options else None)
-    wish = Wish(pairs_of(given, config, track), data, out, resume, force, quiet, as_json, dry_run, partial)
+    wish = Wish(
+        pairs_of(given, config, track, strategy=strategy, mesh=mesh),
+        data,
+        out,
+        resume,
+        force,
+        quiet,
+        as_json,
+        dry_run,
+        partial,
+        simulate,
+    )
     source = Path(plain[0]) if plain else None
     default = Path("runs") / (data.name if data else f"{source.name}-chat" if source else "chat")
     if found := to_resume(wish, default):

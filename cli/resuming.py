@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
+from cli import ranks
 from cli import settings as gather
 from cli.training import NAMES, Wish, carry_out, described, fingerprint, job_of, say_to_stderr
 from fnlm import data, loop
@@ -47,7 +49,11 @@ def to_resume(wish: Wish, default_out: Path) -> Found | None:
 def resumed(found: Found, wish: Wish) -> Settings:
     """The settings that the run had, with what is given now."""
     pairs, _ = gather.set_to_auto(wish.pairs, "batch_size")
-    return gather.applied(loop.settings_of(found.config, found.checkpoint / "config.json"), pairs, NAMES)
+    model, train, run, compute = loop.settings_of(found.config, found.checkpoint / "config.json")
+    run = loop.for_world(run, wish.world, gather.given(pairs, "strategy"))
+    settings = gather.applied((model, train, run, compute), pairs, NAMES)
+    loop.mesh_of(*settings[:3], wish.world, threads=wish.simulate is not None)
+    return settings
 
 
 def same_data(found: Found, dataset: Dataset) -> None:
@@ -71,7 +77,7 @@ def continued(found: Found, wish: Wish) -> int:
         click.echo(json.dumps(config, indent=2))
         return 0
     more = {"resume": found.checkpoint, "partial": wish.partial}
-    with held(found.folder):
+    with held(found.folder) if ranks.is_lead() else nullcontext():
         for name in ("checkpoints", "samples"):
             (found.folder / name).mkdir(exist_ok=True)
         return carry_out(job_of(settings, dataset, found.folder, config, **more), wish, say_to_stderr(wish.quiet))

@@ -6,8 +6,19 @@ from pathlib import Path
 
 import click
 
+from cli import ranks
 from cli.resuming import continued, to_resume
-from cli.training import RunCommand, Wish, begun, open_data, pairs_of, preset_and_data, run_options, separated
+from cli.training import (
+    RunCommand,
+    Wish,
+    begun,
+    open_data,
+    pairs_of,
+    preset_and_data,
+    processes_wanted,
+    run_options,
+    separated,
+)
 from fnlm import PRESETS, TRAINING, overrides, trained
 from fnlm.config import Compute, TrainConfig
 from fnlm.loop import RunConfig
@@ -25,6 +36,10 @@ def command(
     resume: str | None,
     config: Path | None,
     track: tuple[str, ...],
+    strategy: str | None,
+    mesh: str | None,
+    nproc: str | None,
+    simulate: int | None,
     force: bool,
     partial: bool,
     dry_run: bool,
@@ -41,6 +56,8 @@ def command(
 
     SIGINT and SIGTERM save first; `--resume` goes on, bit for bit.
     """
+    if (world := processes_wanted(nproc, simulate)) > 1:
+        return ranks.launch(click.get_current_context().obj, world)
     plain, given = overrides.split(words)
     given, options = separated(given, ("init_from",))
     name, folder = preset_and_data(plain, list(PRESETS))
@@ -50,7 +67,18 @@ def command(
         resume = resume or "auto"
     elif options.get("init_from", "scratch") != "scratch":
         init_from = init_from or Path(options["init_from"])
-    wish = Wish(pairs_of(given, config, track), data, out, resume, force, quiet, as_json, dry_run, partial)
+    wish = Wish(
+        pairs_of(given, config, track, strategy=strategy, mesh=mesh),
+        data,
+        out,
+        resume,
+        force,
+        quiet,
+        as_json,
+        dry_run,
+        partial,
+        simulate,
+    )
     default = Path("runs") / (name or "demo")
     if found := to_resume(wish, default):
         was = found.config.get("preset")

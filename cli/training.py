@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import click
 import torch
 
+from cli import ranks
 from cli import settings as gather
 from cli.settings import Pair
 from fnlm import __version__, checkpoint, data, loop
@@ -22,7 +25,9 @@ from fnlm.loop import Job, Outcome, RunConfig, Settings, memory
 from fnlm.loop.folder import held
 from fnlm.machine import has_fast_bf16, tune_cpu
 from fnlm.params import init_params, shapes
-from fnlm.track import TRACKERS, Progress, open_trackers, require_trackers
+from fnlm.sharding import processes
+from fnlm.sharding.mesh import describe
+from fnlm.track import TRACKERS, Many, Progress, Tracker, open_trackers, require_trackers
 from fnlm.trained import Trained
 from fnlm.types import Params
 
@@ -42,6 +47,13 @@ class Wish(NamedTuple):
     as_json: bool
     dry_run: bool
     partial: bool
+    simulate: int | None = None
+
+    @property
+    def world(self) -> int:
+        """The ranks that take part: processes, or threads of this one."""
+        here = processes.place()
+        return here.world if here else self.simulate or 1
 
 
 OPTIONS = (
@@ -53,13 +65,32 @@ OPTIONS = (
     ),
     click.option("--config", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="TOML or YAML."),
     click.option("--track", multiple=True, type=click.Choice(list(TRACKERS)), help="Also log there."),
+    click.option("--strategy", metavar="NAME", help="How several ranks share the work: ddp_bucketed, zero3, ..."),
+    click.option("--mesh", metavar="AXIS=N,...", help="Ranks by axis: data=2,tensor=2. [default: the strategy's own]"),
+    click.option("--nproc", metavar="N|auto", help="Start N processes; auto: one for each GPU."),
+    click.option("--simulate", type=click.IntRange(1), metavar="N", help="N ranks as threads of this process."),
     click.option("--force", is_flag=True, help="Replace the run that is in the folder."),
     click.option("--partial", is_flag=True, help="Of another shape: take what fits, the rest starts anew."),
     click.option("--dry-run", is_flag=True, help="Print all settings and stop."),
     click.option("--quiet", is_flag=True, help="No progress on stderr."),
     click.option("--json", "as_json", is_flag=True, help="How it ended, as JSON."),
 )  # fmt: skip
-NAMES = ("--data", "--out", "--resume", "--config", "--track", "--force", "--partial", "--dry-run", "--quiet", "--json")
+NAMES = (
+    "--strategy",
+    "--mesh",
+    "--nproc",
+    "--simulate",
+    "--data",
+    "--out",
+    "--resume",
+    "--config",
+    "--track",
+    "--force",
+    "--partial",
+    "--dry-run",
+    "--quiet",
+    "--json",
+)
 
 
 class RunCommand(click.Command):
@@ -80,9 +111,17 @@ def run_options(command: F) -> F:
     return command
 
 
-def pairs_of(words: list[Pair], file: Path | None, track: tuple[str, ...]) -> list[Pair]:
-    """All settings that were given, the weightiest last."""
-    pairs = [*(gather.from_file(file) if file else []), *gather.from_environment(), *words]
+def processes_wanted(nproc: str | None, simulate: int | None) -> int:
+    """The processes that `--nproc` asks for; 1 for a process that is a rank already."""
+    if simulate is not None and (nproc is not None or ranks.is_rank()):
+        raise ValueError("--simulate makes threads of one process; leave it out where processes are started")
+    return 1 if nproc is None or ranks.is_rank() else ranks.count(nproc)
+
+
+def pairs_of(words: list[Pair], file: Path | None, track: tuple[str, ...], **options: str | None) -> list[Pair]:
+    """All settings that were given, the weightiest last; `options` are those that have an option of their own."""
+    named = [(name, value) for name, value in options.items() if value is not None]
+    pairs = [*(gather.from_file(file) if file else []), *gather.from_environment(), *words, *named]
     return [*pairs, ("trackers", json.dumps(list(track)))] if track else pairs
 
 
@@ -123,7 +162,7 @@ def fresh(base: Settings, wish: Wish, dataset: Dataset, say: Callable[[str], Non
     model = with_vocabulary(model, dataset, not adapt or gather.given(pairs, "vocab_size"), say)
     if auto:
         train = fitted(model, train, run, compute, say)
-    elif device_of(run).type == "cpu":
+    elif device_of(run).type == "cpu" and wish.world == 1:
         memory.check(model, train, memory_available())
     return model, train, run, compute
 
@@ -187,18 +226,50 @@ def carry_out(job: Job, wish: Wish, say: Callable[[str], None]) -> int:
         if job.train.precision == "bf16" and not has_fast_bf16():
             say("this CPU has no bfloat16 instructions: precision=fp32 is faster here")
     at = int(checkpoint.describe(job.resume)["step"]) if job.resume else 0
-    trackers = open_trackers(job.run.trackers, job.folder, job.config, step=at, strict=job.resume is None)
-    with Progress(job.train.steps, start=at, quiet=wish.quiet) as progress:
-        outcome = loop.fit(job, trackers, progress)
+    lead = ranks.is_lead()
+    trackers = Many([])
+    if lead:
+        trackers = open_trackers(job.run.trackers, job.folder, job.config, step=at, strict=job.resume is None)
+    with Progress(job.train.steps, start=at, quiet=wish.quiet or not lead) as progress:
+        try:
+            outcome = run_by_all(job, wish, trackers, progress, say)
+        except processes.Lost:
+            if ranks.PIPE in os.environ:
+                return ranks.LOST  # whoever started us says which rank it was
+            raise
+    if not lead:
+        return code_of(outcome)
     click.echo(json.dumps(as_dict(job, outcome), indent=2) if wish.as_json else "\n".join(told(job, outcome)))
     if outcome.reason == "not finite":
         click.echo(f"error: {outcome.message}", err=True)
-        return NOT_FINITE
-    if outcome.signal is not None and outcome.reason == "signal":
+    elif outcome.signal is not None and outcome.reason == "signal":
         name = signal.Signals(outcome.signal).name
         click.echo(f"{name}: saved step {outcome.step}; go on with --resume {job.folder}", err=True)
-        return 128 + outcome.signal
-    return 0
+    return code_of(outcome)
+
+
+def code_of(outcome: Outcome) -> int:
+    """The exit code of a run that ended so."""
+    if outcome.reason == "not finite":
+        return NOT_FINITE
+    return 128 + outcome.signal if outcome.signal is not None and outcome.reason == "signal" else 0
+
+
+def run_by_all(job: Job, wish: Wish, trackers: Tracker, progress: Progress, say: Callable[[str], None]) -> Outcome:
+    """The run by this process alone, by threads, or as one process of several."""
+    here = processes.place()
+    shape = loop.mesh_of(job.cfg, job.train, job.run, wish.world, threads=here is None)
+    if not shape:
+        return loop.fit(job, trackers, progress)
+    if here is None:
+        say(f"simulation: the {wish.world} ranks of {describe(shape)} are threads of this process")
+        return loop.simulated(job, trackers, progress, shape)
+    ranks.end_with_launcher()
+    device, backend, shared = processes.device_for(here, job.device)
+    if shared:
+        say(f"simulation: {here.local_world} ranks share {torch.cuda.device_count()} GPU, over gloo")
+    with processes.joined(here, shape, device, backend, job.run.timeout) as mesh:
+        return loop.fit(replace(job, device=device), trackers, progress, mesh)
 
 
 def as_dict(job: Job, outcome: Outcome) -> dict[str, Any]:
@@ -237,6 +308,7 @@ def job_of(settings: Settings, dataset: Dataset, folder: Path, config: dict[str,
 
 def say_to_stderr(quiet: bool) -> Callable[[str], None]:
     """Lines on stderr, unless quiet."""
+    quiet = quiet or not ranks.is_lead()
     return lambda line: None if quiet else click.echo(line, err=True)
 
 
@@ -249,13 +321,15 @@ def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Tra
             raise ValueError(f"{folder} holds the model to start from; choose another --out")
     settings = fresh(base, wish, dataset, say, adapt=model is None)
     params = initial(model, settings, wish.partial) if model else None
+    loop.mesh_of(*settings[:3], wish.world, threads=wish.simulate is not None)
     config = described(settings, dataset, init_from=str(model.path) if model else None, **more)
     if wish.dry_run:
         click.echo(json.dumps(config, indent=2))
         return 0
     require_trackers(settings[2].trackers)
-    with held(folder):
-        loop.claim(folder, wish.force)
+    with held(folder) if ranks.is_lead() else nullcontext():
+        if ranks.is_lead():
+            loop.claim(folder, wish.force)
         return carry_out(job_of(settings, dataset, folder, config, params=params), wish, say)
 
 

@@ -24,7 +24,7 @@ FLOORS = (
     "cli | webui",
 )
 MAY_ALSO = {("cli/serve.py", "webui"), ("cli/chat.py", "webui")}  # to start it; its engine
-DISTRIBUTED = {"fnlm/collectives.py", "fnlm/sharding/mesh.py"}
+DISTRIBUTED = {"fnlm/collectives.py", "fnlm/sharding/mesh.py", "fnlm/sharding/processes.py"}
 READS_ENVIRONMENT = {
     "config",
     "machine",

@@ -39,11 +39,16 @@ def mesh_of(cfg: ModelConfig, train: TrainConfig, run: RunConfig, world: int, th
     return shape
 
 
-def for_world(run: RunConfig, world: int, given: bool) -> RunConfig:
-    """The settings of a run that goes on on `world` ranks: a mesh of another size is left out, unless it is `given`."""
-    if given or run.mesh is None or prod(parse_mesh(run.mesh).values()) == world:
-        return run
-    return replace(run, mesh=None)
+def for_world(run: RunConfig, world: int, changed: bool) -> RunConfig:
+    """The settings of a run that goes on on `world` ranks, before those given now.
+
+    A mesh of another size, or of a strategy that is `changed`, is left out; one process is `single`.
+    """
+    if world == 1:
+        return replace(run, strategy="single", mesh=None)
+    if changed or (run.mesh is not None and prod(parse_mesh(run.mesh).values()) != world):
+        return replace(run, mesh=None)
+    return run
 
 
 def simulated(job: Job, trackers: Tracker, progress: Progress, shape: Shape) -> Outcome:

@@ -230,6 +230,7 @@ def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="timeout=0"):
         loop.RunConfig(timeout=0)
     run = loop.RunConfig(strategy="zero3", mesh="data=4")
-    assert loop.for_world(run, 3, given=False).mesh is None
-    assert loop.for_world(run, 3, given=True).mesh == "data=4"
-    assert loop.for_world(run, 4, given=False).mesh == "data=4"
+    assert loop.for_world(run, 3, changed=False).mesh is None
+    assert loop.for_world(run, 4, changed=True).mesh is None
+    assert loop.for_world(run, 4, changed=False) == run
+    assert loop.for_world(run, 1, changed=False).strategy == "single"
