@@ -10,7 +10,9 @@ from typing import Any, get_args
 import click
 
 from cli.group import Group
+from cli.tables import columns, in_bytes, in_si
 from fnlm.benchmark import SHAPES, step_benchmark, table
+from fnlm.benchmark_strategies import Row, Run, strategies_benchmark
 from fnlm.config import Precision
 
 
@@ -57,6 +59,68 @@ def step(shapes: tuple[str, ...], as_json: bool, out: str | None, **asked: Any) 
         write(Path(out), whole + "\n")
     click.echo(whole if as_json else table(report))
     click.get_current_context().exit(0 if report["ok"] else 1)
+
+
+@command.command()
+@click.option("--simulate", type=click.IntRange(1), metavar="N", help="Ranks, as threads. [default: 4]")
+@click.option("--quick", is_flag=True, help="3 steps instead of 10.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+def strategies(simulate: int | None, quick: bool, as_json: bool) -> None:
+    """Run every sharding strategy beside a single process.
+
+    Ranks are threads of this process; under torchrun they are its processes, over gloo, and PyTorch's own DDP is a row.
+    The exit code is 1 if a strategy ends elsewhere than one process, or sends other bytes than planned.
+    """
+    import torch.distributed as dist
+
+    torn = dist.is_torchelastic_launched()
+    if torn and simulate is not None:
+        raise ValueError("--simulate runs ranks as threads of one process; leave it out under torchrun")
+    world, run = joined() if torn else (simulate or 4, None)
+    first = not torn or dist.get_rank() == 0
+    rows = []
+    for row in strategies_benchmark(world, run, quick):
+        rows.append(row)
+        if first:
+            click.echo(f"{row.strategy} on {row.mesh or 'one rank'}", err=True)
+    ok = all(r.gap < 1e-10 and r.in_sync == "yes" and r.sent in (None, r.planned) for r in rows)
+    if first:
+        told = json.dumps({"ranks": world, "processes": torn, "ok": ok, "rows": [r._asdict() for r in rows]}, indent=2)
+        click.echo(told if as_json else "\n".join(strategies_text(rows)))
+    if torn:
+        dist.destroy_process_group()
+    click.get_current_context().exit(0 if ok else 1)
+
+
+def joined() -> tuple[int, Run]:
+    """The processes that torchrun started: how many, and how to run something on a mesh of them."""
+    import torch.distributed as dist
+
+    from fnlm.sharding import Mesh, connect
+
+    dist.init_process_group("gloo")
+    known: dict[str, Mesh] = {}
+
+    def run(shape: dict[str, int], rank: Any) -> Any:
+        text = str(shape)
+        if text not in known:
+            known[text] = connect(shape, timeout=60)
+        return rank(known[text])
+
+    return dist.get_world_size(), run
+
+
+def strategies_text(rows: list[Row]) -> list[str]:
+    """The table for people."""
+    head = ("strategy", "mesh", "off by", "in sync", "loss", "at rest", "peak", "sent", "planned", "tok/s")
+    lines = [
+        (r.strategy, r.mesh, f"{r.gap:.0e}", r.in_sync if r.in_sync == "yes" else "NO", f"{r.loss:.4f}",
+         in_bytes(r.held), in_bytes(r.peak), "-" if r.sent is None else in_bytes(r.sent), in_bytes(r.planned),
+         in_si(r.tokens_per_s))
+        for r in rows
+    ]  # fmt: skip
+    apart = [f"{r.strategy}: {r.in_sync}" for r in rows if r.in_sync != "yes"]
+    return [*columns([head, *lines], left=(0, 1), indent=""), *apart]
 
 
 def check_nanogpt(folder: Path) -> None:

@@ -25,7 +25,7 @@ COMMANDS = {
     "serve": "Open a chat page and an OpenAI-compatible API.",
     "eval": "Measure a model's loss on prepared data.",
     "bench": "Time the library beside others.",
-    "plan": "Say what a training step will hold and send on a mesh, without the hardware.",
+    "plan": "Say what a training step will hold and send on a mesh.",
     "inspect": "Show a model's parameters, FLOPs and memory.",
     "export": "Write a model in the files of other software.",
     "import": "Make a run of a model that other software wrote.",

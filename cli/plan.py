@@ -71,9 +71,9 @@ def command(
     optimizer: str | None,
     as_json: bool,
 ) -> None:
-    """Say what a training step will hold and send on a mesh, without the hardware.
+    """Say what a training step will hold and send on a mesh.
 
-    The step itself runs on tensors without storage, as the first and the last rank, and is counted. KEY=VALUE changes
+    No hardware is needed: the step itself runs on tensors without storage, as the first and the last rank, and is counted. KEY=VALUE changes
     fields of the model as in `fnlm inspect`. The exit code is 3 if nothing fits --memory.
     """
     if name not in PRESETS:

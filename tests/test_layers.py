@@ -19,7 +19,7 @@ FLOORS = (
     "attention < blocked < rotary < places < linear < mlp < sublayers < forward < losses | optim | sharding | tokenizers | world | quantize",
     "params < presets | sampling | data | decode",
     "links < step < sharded_optim < sharded < forecast < elastic | generate | evaluate | checkpoint < interop < trained | lift | budget",
-    "track < loop | report | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
+    "track < loop | report | benchmark_strategies | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names
     "cli | webui",
 )
