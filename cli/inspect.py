@@ -14,7 +14,7 @@ from cli.inspect_text import presets_text, text
 from fnlm import FINETUNING, PRESETS, TRAINING, budget, flops_per_token, override, overrides, shapes
 from fnlm.config import ModelConfig, Optimizer, Precision, TrainConfig, did_you_mean
 
-OPTIONS = ("--json", "--all", "--batch", "--seq-len", "--precision", "--optimizer")
+OPTIONS = ("--json", "--all", "--batch", "--seq-len", "--precision", "--optimizer", "--strategy", "--mesh", "--rank")
 PRESETS_OWN = "[default: the preset's]"
 
 
@@ -39,6 +39,9 @@ def complete(_: click.Context, __: click.Parameter, begun: str) -> list[Completi
 )
 @click.option("--precision", type=click.Choice(get_args(Precision)), help=f"Of training. {PRESETS_OWN}")
 @click.option("--optimizer", type=click.Choice(get_args(Optimizer)), help=f"Of training. {PRESETS_OWN}")
+@click.option("--strategy", "how", metavar="NAME", help="Where each parameter lies under it, instead; with --mesh.")
+@click.option("--mesh", metavar="AXIS=N,...", help="For example data=4,tensor=2.")
+@click.option("--rank", type=click.IntRange(0), metavar="N", help="Whose part, with --strategy. [default: 0]")
 def command(
     words: tuple[str, ...],
     as_json: bool,
@@ -47,6 +50,9 @@ def command(
     seq_len: int | None,
     precision: str | None,
     optimizer: str | None,
+    how: str | None,
+    mesh: str | None,
+    rank: int | None,
 ) -> None:
     """Show a model's parameters, FLOPs and memory.
 
@@ -61,6 +67,9 @@ def command(
         return
     name = preset_named(names, changes)
     cfg = overrides.apply(changes, ModelConfig, PRESETS[name], also=OPTIONS)
+    if how is not None or mesh is not None or rank is not None:
+        click.echo(placement(cfg, how, mesh, rank or 0, as_json))
+        return
     if seq_len is not None and seq_len > cfg.seq_len:
         raise ValueError(f"--seq-len {seq_len} is more than the model's seq_len={cfg.seq_len}; add seq_len={seq_len}")
     train = TRAINING.get(name, TrainConfig(steps=1, batch_size=1))
@@ -68,6 +77,23 @@ def command(
     train = override(train, **{field: value for field, value in given.items() if value is not None})
     report = account(name, cfg, train, seq_len or cfg.seq_len)
     click.echo(json.dumps(report, indent=2) if as_json else "\n".join(text(report, cfg, every)))
+
+
+def placement(cfg: ModelConfig, how: str | None, mesh: str | None, rank: int, as_json: bool) -> str:
+    """Where a rank holds each parameter. Raises ValueError for half of the question, and for a wrong mesh."""
+    if how is None or mesh is None:
+        raise ValueError("--strategy and --mesh go together; for example --strategy zero3 --mesh data=4")
+    from fnlm.sharded import layout_of
+    from fnlm.sharding import parse_mesh, planned
+
+    layout = layout_of(cfg, how, planned(parse_mesh(mesh), rank))
+    if not as_json:
+        return str(layout)
+    head = ("parameter", "shape", "spec", "here", "group", "bucket")
+    rows = [dict(zip(head, row, strict=True)) for row in layout.rows()]
+    return json.dumps(
+        {"strategy": layout.strategy.name, "mesh": layout.mesh.shape, "rank": rank, "rows": rows}, indent=2
+    )
 
 
 def preset_named(names: list[str], changes: list[tuple[str, str | None]]) -> str:

@@ -165,3 +165,36 @@ def test_all_options_are_suggested() -> None:
 def test_the_shell_completes_presets_and_fields() -> None:
     assert [c.value for c in complete(None, None, "gpt2-m")] == ["gpt2-medium"]  # type: ignore[arg-type]
     assert "n_layers=" in [c.value for c in complete(None, None, "n_")]  # type: ignore[arg-type]
+
+
+def test_where_each_parameter_lies() -> None:
+    small = ["shakespeare-char-cpu", "n_layers=1", "--mesh", "data=3", "--strategy", "zero3"]
+    first, last = (CliRunner().invoke(cli, ["inspect", *small, *more]) for more in ([], ["--rank", "2"]))
+    assert first.exit_code == last.exit_code == 0, first.output
+    assert first.stdout.splitlines()[0].split() == ["parameter", "shape", "spec", "here", "group", "bucket"]
+    assert first.stdout.splitlines()[1].split() == [
+        "embed.tokens.weight",
+        "65x128",
+        "P(None,",
+        "'data')",
+        "65x43",
+        "root",
+        "0",
+    ]
+    assert last.stdout.splitlines()[1].split()[4] == "65x42"
+    rows = json.loads(CliRunner().invoke(cli, ["inspect", *small, "--json"]).stdout)["rows"]
+    assert rows[0]["here"] == "65x43" and {row["group"] for row in rows} == {"root", "blocks.0"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--strategy", "zero3"], "--strategy and --mesh go together"),
+        (["--strategy", "zero3", "--mesh", "tensor=2"], "strategy zero3 needs an axis data"),
+        (["--strategy", "zero3", "--mesh", "data=2", "--rank", "2"], "rank 2 is not in mesh data=2; choose 0 to 1"),
+    ],
+)
+def test_wrong_meshes(words: list[str], says: str) -> None:
+    result = CliRunner().invoke(cli, ["inspect", "gpt2", *words])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith(f"error: {says}")
