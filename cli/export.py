@@ -11,6 +11,7 @@ import torch
 
 from cli.eval import checkpoint_of
 from fnlm import trained
+from fnlm.checkpoint import CheckpointError
 from fnlm.interop import TARGETS, Model, homes, parity, to_gguf, to_hf
 from fnlm.params import cast
 from fnlm.trained import Which
@@ -61,6 +62,8 @@ def command(
     params = cast(found.params, DTYPES[dtype]) if dtype else found.params
     leaving = Model(found.cfg, params, found.tokenizer, found.config)
     folder = out or Path("exports") / name
+    if force and folder.is_dir() and any(folder.iterdir()) and not (folder / "PARITY.json").is_file():
+        raise CheckpointError(f"{folder} holds what no export has written; choose another --out")
     comparing = parity.is_possible() and not no_parity
     said = to_hf(leaving, folder, force, parity.parity if comparing else None)
     architecture = homes.home(found.cfg).architecture

@@ -55,6 +55,7 @@ MISTAKES = [
     # other people's models
     ("export none", BAD, r"there is no none.*"),
     ("export --to gguff none", USAGE, r".*'gguff' is not .*"),
+    ("export runs/tiny --out runs/tiny --force", BAD, r"runs/tiny holds what no export has written; .*"),
     ("import none", BAD, r"there is no none.*"),
     ("import data/tale", BAD, r"data/tale has no config\.json.*"),
     ("import empty.txt", BAD, r"empty\.txt is no model.*"),

@@ -273,5 +273,10 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     again = CliRunner().invoke(cli, words)
     assert (again.exit_code, "exists" in again.stderr) == (4, True)
     assert CliRunner().invoke(cli, [*words, "--force"]).exit_code == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    other = CliRunner().invoke(cli, ["import", str(tmp_path / "a"), "--out", str(tmp_path / "mine"), "--force"])
+    assert (other.exit_code, "is no run, and is not replaced" in other.stderr) == (4, True)
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
     said = CliRunner().invoke(cli, ["sample", str(tmp_path / "run"), "--prompt", "ab", "--max-new-tokens", "5"])
     assert said.exit_code == 0, said.output

@@ -376,12 +376,13 @@ def test_a_key_is_asked_for(opened: Browser, engine: Engine) -> None:
             opened.js("document.querySelector('#key').select()")
             opened.type(key)
             opened.key("Enter", 13, "\r")
-        opened.wait("document.querySelector('#model-name').textContent === 'plain'")
+        # a chat model is what is opened first
+        opened.wait("document.querySelector('#model-name').textContent === 'talk'")
         assert not opened.js("document.querySelector('#key-dialog').open")
         opened.js("localStorage.clear()")
         opened.do("Page.navigate", url="about:blank")
         opened.open(f"{url}#key=sesame")
-        opened.wait("document.querySelector('#model-name').textContent === 'plain'")
+        opened.wait("document.querySelector('#model-name').textContent === 'talk'")
         assert opened.js("location.hash") == ""
         opened.do("Page.navigate", url="about:blank")
 

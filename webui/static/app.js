@@ -44,7 +44,7 @@ async function fetchModels() {
   notify(models.length ? "" : "There is no model in the served folders yet.");
   const named = (name) => models.find((m) => m.name === name);
   rival = named(rival?.name) ?? null;
-  const next = named(model?.name) ?? named(store.recall("model")) ?? models[0];
+  const next = named(model?.name) ?? named(store.recall("model")) ?? models.find((m) => m.chat) ?? models[0];
   if (next) choose(next);
   return undefined;
 }
