@@ -48,7 +48,9 @@ def to_resume(wish: Wish, default_out: Path) -> Found | None:
 
 def resumed(found: Found, wish: Wish) -> Settings:
     """The settings that the run had, with what is given now."""
-    pairs, _ = gather.set_to_auto(wish.pairs, "batch_size")
+    pairs, auto = gather.set_to_auto(wish.pairs, "batch_size")
+    if auto:
+        say_to_stderr(wish.quiet)("batch=auto is for a new run; this one goes on with the batch that it has")
     model, train, run, compute = loop.settings_of(found.config, found.checkpoint / "config.json")
     run = loop.for_world(run, wish.world, gather.given(pairs, "strategy"))
     settings = gather.applied((model, train, run, compute), pairs, NAMES)

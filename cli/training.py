@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -240,8 +241,8 @@ def carry_out(job: Job, wish: Wish, say: Callable[[str], None]) -> int:
     if not lead:
         return code_of(outcome)
     click.echo(json.dumps(as_dict(job, outcome), indent=2) if wish.as_json else "\n".join(told(job, outcome)))
-    if outcome.reason == "not finite":
-        click.echo(f"error: {outcome.message}", err=True)
+    if code_of(outcome) == NOT_FINITE:
+        click.echo(f"error: {outcome.message or f'the loss of the last steps is {outcome.loss}'}", err=True)
     elif outcome.signal is not None and outcome.reason == "signal":
         name = signal.Signals(outcome.signal).name
         click.echo(f"{name}: saved step {outcome.step}; go on with --resume {job.folder}", err=True)
@@ -250,7 +251,7 @@ def carry_out(job: Job, wish: Wish, say: Callable[[str], None]) -> int:
 
 def code_of(outcome: Outcome) -> int:
     """The exit code of a run that ended so."""
-    if outcome.reason == "not finite":
+    if outcome.reason == "not finite" or (outcome.reason == "finished" and not math.isfinite(outcome.loss)):
         return NOT_FINITE
     return 128 + outcome.signal if outcome.signal is not None and outcome.reason == "signal" else 0
 

@@ -221,6 +221,8 @@ def test_a_loss_that_is_not_finite_is_exit_code_5(place: Path, run: Run) -> None
     text = train(run, "steps=60", "lr=1e30", "clip=none", "warmup=0", "guard=stop", "eval_every=0", expect=5)
     assert "error: step" in text
     assert "--resume goes on behind it" in text
+    text = train(run, "steps=60", "lr=1e30", "clip=none", "warmup=0", "guard=off", "--out", "runs/off", expect=5)
+    assert text.splitlines()[-1] == "error: the loss of the last steps is nan"
 
 
 def test_finetune_starts_from_the_model_and_needs_its_tokenizer(place: Path, run: Run) -> None:
