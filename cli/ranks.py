@@ -79,8 +79,10 @@ def launch(words: Sequence[str], world: int) -> int:
     """
     port, (read, write) = free_port(), os.pipe()
     ranks: list[Rank] = []
+    sent: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
+        sent.append(number)
         for rank in ranks:
             if rank.process.poll() is None:
                 rank.process.send_signal(number)
@@ -89,12 +91,14 @@ def launch(words: Sequence[str], world: int) -> int:
     try:
         for number in range(world):
             ranks.append(start(words, number, world, port, read))
-        return watch(ranks)
+        return watch(ranks, sent)
     finally:
         for rank in ranks:
             if rank.process.poll() is None:
                 rank.process.kill()
             rank.process.wait()
+            if rank.said is not None:
+                rank.said.close()
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(read)
@@ -118,8 +122,8 @@ def start(words: Sequence[str], number: int, world: int, port: int, pipe: int) -
     return Rank(number, process, said)
 
 
-def watch(ranks: list[Rank]) -> int:
-    """Until all have ended; what went wrong first, in one line that names the rank."""
+def watch(ranks: list[Rank], sent: Sequence[int] = ()) -> int:
+    """Until all have ended; what went wrong first, in one line that names the rank, unless it is what was `sent`."""
     ended: list[Rank] = []
     since: float | None = None
     while len(ended) < len(ranks):
@@ -140,6 +144,8 @@ def watch(ranks: list[Rank]) -> int:
         click.echo(f"error: rank {names} did not answer the others in time; all were ended", err=True)
         return FAILURE
     code = culprit.code or FAILURE
+    if code - 128 in sent:
+        return code
     if (culprit.number and any(r.code != code for r in ranks)) or culprit.process.returncode < 0:
         click.echo(f"error: rank {culprit.number} ended the run: {culprit.cause()}", err=True)
     return code
