@@ -20,12 +20,22 @@ LITTLE_DISK = 2 << 30
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+@click.option("--dist", "ranks", is_flag=True, help="Under torchrun: do all ranks find each other, and who does not?")
+@click.option("--mesh", metavar="AXIS=N,...", help="With --dist: each of its axes is tried. [default: data=ranks]")
 @click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
+def command(ctx: click.Context, as_json: bool, ranks: bool, mesh: str | None) -> None:
     """Check what this machine and installation can do.
 
-    Takes a few seconds. The exit code is 3 if something essential fails: Python, torch, a package, a training step.
+    Takes a few seconds. The exit code is 3 if something essential fails: Python, torch, a package, a training step, or
+    with --dist a rank that does not come.
     """
+    if ranks:
+        from cli.doctor_dist import meeting, meeting_text
+
+        told = meeting(mesh)
+        if told["rank"] == 0 or told["missing"]:
+            click.echo(json.dumps(told) if as_json else "\n".join(meeting_text(told)))
+        ctx.exit(UNUSABLE if told["missing"] else 0)
     found = examination()
     report = {"ok": not list(failures(found)), **found}
     report |= {"failures": list(failures(found)), "warnings": list(warnings(found))}
