@@ -219,7 +219,7 @@ def refusal(cfg: ModelConfig, train: TrainConfig, shape: Shape, rows: dict[str, 
         if most(ranks) <= memory:
             told = f"--strategy {how} --mesh {describe(mesh)} --micro-batch {few}"
             return f"{short}; the nearest that would: {told}, {in_bytes(most(ranks))}"
-    return f"{short}; no smaller micro-batch and no mesh of up to 64 times as many ranks would; take a smaller model"
+    return f"{short}; no smaller micro-batch would, nor 64 times as many ranks on one axis; take a smaller model"
 
 
 def impossible(cfg: ModelConfig, shape: Shape) -> bool:
