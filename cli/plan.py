@@ -73,8 +73,8 @@ def command(
 ) -> None:
     """Say what a training step will hold and send on a mesh.
 
-    No hardware is needed: the step itself runs on tensors without storage, as the first and the last rank, and is counted. KEY=VALUE changes
-    fields of the model as in `fnlm inspect`. The exit code is 3 if nothing fits --memory.
+    No hardware is needed: the step itself runs on tensors without storage, as the first and the last rank, and is
+    counted. KEY=VALUE changes fields of the model as in `fnlm inspect`. The exit code is 3 if nothing fits --memory.
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}{did_you_mean(name, list(PRESETS))}")
