@@ -16,10 +16,13 @@ FLOORS = (
     "types",
     "tree",
     "random < dropout | config < overrides | collectives | compiling | kernels | machine < environment",
-    "attention < blocked < rotary < places < linear < mlp < sublayers < forward < losses | optim | sharding | tokenizers | world | quantize",
+    "attention < blocked < rotary < places < linear < mlp < sublayers < forward < losses | optim | "
+    "sharding | tokenizers | world | quantize",
     "params < presets | sampling | data | decode",
-    "links < step < sharded_optim < sharded < forecast < elastic | generate | evaluate | checkpoint < interop < trained | lift | budget",
-    "track < loop | report | benchmark_strategies | benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
+    "links < step < sharded_optim < sharded < forecast < elastic | generate | evaluate | "
+    "checkpoint < interop < trained | lift | budget",
+    "track < loop | report | benchmark_strategies | "
+    "benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names
     "cli | webui",
 )
