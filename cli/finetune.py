@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from cli import ranks
 from cli.resuming import continued, to_resume
-from cli.training import RunCommand, Wish, begun, open_data, pairs_of, processes_wanted, run_options, separated
+from cli.training import RunCommand, Wish, begun, open_data, pairs_of, run_options, separated
 from fnlm import FINETUNING, overrides, trained
 from fnlm.config import Compute, TrainConfig
 from fnlm.loop import RunConfig
@@ -27,7 +26,6 @@ def command(
     track: tuple[str, ...],
     strategy: str | None,
     mesh: str | None,
-    nproc: str | None,
     simulate: int | None,
     force: bool,
     partial: bool,
@@ -43,26 +41,14 @@ def command(
 
         fnlm finetune runs/demo data/demo-chat steps=500
     """
-    if (world := processes_wanted(nproc, simulate)) > 1:
-        return ranks.launch(click.get_current_context().obj, world)
     plain, given = overrides.split(words)
     given, options = separated(given, ())
     out = out or (Path(options["out"]) if "out" in options else None)
     if len(plain) > 1 and data is None:
         data = Path(plain.pop(1))
     data = data or (Path(options["data"]) if "data" in options else None)
-    wish = Wish(
-        pairs_of(given, config, track, strategy=strategy, mesh=mesh),
-        data,
-        out,
-        resume,
-        force,
-        quiet,
-        as_json,
-        dry_run,
-        partial,
-        simulate,
-    )
+    pairs = pairs_of(given, config, track, strategy=strategy, mesh=mesh)
+    wish = Wish(pairs, data, out, resume, force, quiet, as_json, dry_run, partial, simulate)
     source = Path(plain[0]) if plain else None
     default = Path("runs") / (data.name if data else f"{source.name}-chat" if source else "chat")
     if found := to_resume(wish, default):

@@ -11,7 +11,8 @@ import click
 
 from cli import ranks
 from cli import settings as gather
-from cli.training import NAMES, Wish, carry_out, described, fingerprint, job_of, say_to_stderr
+from cli.carrying import carry_out
+from cli.training import NAMES, Wish, described, fingerprint, job_of, say_to_stderr
 from fnlm import data, loop
 from fnlm.checkpoint import CheckpointError
 from fnlm.data import DataError, Dataset

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from cli import ranks
 from cli.resuming import continued, to_resume
 from cli.training import (
     RunCommand,
@@ -15,7 +14,6 @@ from cli.training import (
     open_data,
     pairs_of,
     preset_and_data,
-    processes_wanted,
     run_options,
     separated,
 )
@@ -38,7 +36,6 @@ def command(
     track: tuple[str, ...],
     strategy: str | None,
     mesh: str | None,
-    nproc: str | None,
     simulate: int | None,
     force: bool,
     partial: bool,
@@ -56,8 +53,6 @@ def command(
 
     SIGINT and SIGTERM save first; `--resume` goes on, bit for bit.
     """
-    if (world := processes_wanted(nproc, simulate)) > 1:
-        return ranks.launch(click.get_current_context().obj, world)
     plain, given = overrides.split(words)
     given, options = separated(given, ("init_from",))
     name, folder = preset_and_data(plain, list(PRESETS))
@@ -67,18 +62,8 @@ def command(
         resume = resume or "auto"
     elif options.get("init_from", "scratch") != "scratch":
         init_from = init_from or Path(options["init_from"])
-    wish = Wish(
-        pairs_of(given, config, track, strategy=strategy, mesh=mesh),
-        data,
-        out,
-        resume,
-        force,
-        quiet,
-        as_json,
-        dry_run,
-        partial,
-        simulate,
-    )
+    pairs = pairs_of(given, config, track, strategy=strategy, mesh=mesh)
+    wish = Wish(pairs, data, out, resume, force, quiet, as_json, dry_run, partial, simulate)
     default = Path("runs") / (name or "demo")
     if found := to_resume(wish, default):
         was = found.config.get("preset")
