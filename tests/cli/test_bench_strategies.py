@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from cli.main import cli
 from fnlm.benchmark_strategies import cases
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -53,6 +53,8 @@ MISTAKES = [
     ("train demo data/tale --config latin1.yaml", USAGE, r"latin1\.yaml.*"),
     ("train demo data/tale --config odd.yaml", USAGE, r"there is no setting 'train\.lrr'; did you mean 'lr'\?"),
     # other people's models
+    ("plan --model gtp2 --mesh data=4", USAGE, r"there is no preset 'gtp2'; did you mean 'gpt2'\?.*"),
+    ("plan --model gpt2 --mesh dta=4", USAGE, r".*dta.*"),
     ("export none", BAD, r"there is no none.*"),
     ("export --to gguff none", USAGE, r".*'gguff' is not .*"),
     ("export runs/tiny --out runs/tiny --force", BAD, r"runs/tiny holds what no export has written; .*"),
@@ -127,7 +129,7 @@ def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         # its settings are of the whole process
-        patch.setattr(importlib.import_module("cli.training"), "tune_cpu", lambda: None)
+        patch.setattr(importlib.import_module("cli.carrying"), "tune_cpu", lambda: None)
         succeed("prepare", "tale.txt", "--tokenizer", "char")
         succeed("prepare", "tale.txt", "--tokenizer", "byte", "--out", "data/bytes")
         succeed("train", "demo", "data/tale", "--out", "runs/tiny", "--quiet", *TINY)

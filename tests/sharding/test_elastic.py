@@ -70,6 +70,7 @@ def moved(folder: Path, how: str, mesh: str, start: Path | None, steps: range, o
     return simulate(parse_mesh(mesh), body)[0]
 
 
+@pytest.mark.slow
 def test_seven_meshes_restore_seven(tmp_path: Path) -> None:
     """Each rank has exactly its part of what the writer had, of parameters and moments, uneven ones included."""
     optimizer = adamw()

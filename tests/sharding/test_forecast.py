@@ -19,6 +19,8 @@ from fnlm.sharding import Book, Mesh, Ranks, parse_mesh, planned, shard, simulat
 from fnlm.sharding.memory import Peak
 from fnlm.sharding.traffic import sent
 
+pytestmark = pytest.mark.slow
+
 CFG = fnlm.ModelConfig(vocab_size=65, n_layers=4, n_heads=3, d_model=24, d_ff=50, seq_len=16, bias=True)
 TRAIN = TrainConfig(steps=9, batch_size=1, precision="fp32")
 EVERY = [

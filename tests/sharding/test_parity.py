@@ -17,6 +17,7 @@ from tests.reference import random_params
 from tests.sharding.cases import Result, adamw, alone, batch, config, distance, together
 
 LIMIT = 1e-10
+EIGHT = pytest.param("replica=2,shard=2,tensor=2", marks=pytest.mark.slow)
 DATA = ("ddp_flat", "ddp_bucketed", "zero1", "zero2", "zero3")
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -69,13 +70,15 @@ def gap(
 
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("how", DATA)
-@pytest.mark.parametrize("text", ["data=1", "data=2", "data=3", "data=8"])
+@pytest.mark.parametrize("text", ["data=1", "data=2", "data=3", pytest.param("data=8", marks=pytest.mark.slow)])
 def test_data(text: str, how: str, micro: int) -> None:
     assert gap(text, how, micro=micro) < LIMIT
 
 
 @pytest.mark.parametrize("micro", [1, 3])
-@pytest.mark.parametrize("text", ["shard=3", "replica=2,shard=2", "replica=2,shard=2,tensor=2"])
+@pytest.mark.parametrize(
+    "text", ["shard=3", "replica=2,shard=2", pytest.param("replica=2,shard=2,tensor=2", marks=pytest.mark.slow)]
+)
 def test_hsdp(text: str, micro: int) -> None:
     assert gap(text, "hsdp", micro=micro) < LIMIT
 
@@ -87,18 +90,20 @@ def test_tensor(model: str, size: int, sequence_parallel: bool) -> None:
     assert gap(f"tensor={size}", how, model) < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "how"), [("tensor=4", "tensor_parallel"), ("data=2,context=2,tensor=4", "zero3")])
 def test_ranks_without_a_head(text: str, how: str) -> None:
     """Five heads on four ranks are 2, 2, 1, 0."""
     assert gap(text, how, "five") < LIMIT
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", MODELS)
 def test_context(model: str, size: int) -> None:
     assert gap(f"context={size}", "context", model) < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DATA)
 @pytest.mark.parametrize("text", ["data=2,tensor=2", "data=2,context=2", "data=2,context=2,tensor=2"])
 def test_products(text: str, how: str) -> None:
