@@ -179,6 +179,7 @@ def test_unequal_work_is_named(other: dict, complaints: list[str]) -> None:
     assert all(line.startswith("b: ") for line in found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_report_names_the_one_that_did_other_work(fake: str) -> None:
     field = [Contestant(name, f"{fake}:build", "fp32") for name in ("one", "two")]
@@ -218,6 +219,7 @@ def test_ratios_are_against_the_yardsticks_only() -> None:
     assert ours["nanogpt-best"]["first_step"] == 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_a_contestant_that_fails_is_an_error_with_its_log(fake: str) -> None:
     field = [Contestant("ill", f"{fake}:broken", "fp32")]

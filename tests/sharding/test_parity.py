@@ -111,6 +111,7 @@ def test_products(text: str, how: str) -> None:
     assert gap(text, how, model, micro) < LIMIT
 
 
+@pytest.mark.slow
 def test_everything_at_once() -> None:
     how = strategy("zero3", sequence_parallel=True, bucket_bytes=3000, prefetch=2)
     assert gap("data=2,context=2,tensor=2", how, "gpt2", 3) < LIMIT
