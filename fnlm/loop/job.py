@@ -14,6 +14,7 @@ from fnlm.config import Compute, ModelConfig, TrainConfig
 from fnlm.data import Dataset
 from fnlm.evaluate import Evaluation
 from fnlm.loop.settings import RunConfig
+from fnlm.step import LossScale
 from fnlm.types import Params, TrainState
 
 Reason = Literal["finished", "early stop", "signal", "not finite"]
@@ -65,3 +66,10 @@ def keys_of(train: TrainConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The keys of the initial parameters, the order of the data, dropout, and samples: all from `train.seed`."""
     root = random.key(train.seed)
     return random.fold_in(root, 0), random.fold_in(root, 1), random.fold_in(root, 2), random.fold_in(root, 3)
+
+
+def averaged(state: TrainState) -> Params:
+    """The moving average of the parameters where the optimizer keeps one (`ema`), else the parameters."""
+    inner = state.opt_state.inner if isinstance(state.opt_state, LossScale) else state.opt_state
+    average: Params = inner["ema"].average if isinstance(inner, dict) and "ema" in inner else state.params
+    return average

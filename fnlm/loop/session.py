@@ -7,7 +7,7 @@ checkpoint: the state, the settings, and what the guard remembers. A killed run 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from time import perf_counter
@@ -18,17 +18,17 @@ from torch import Tensor
 
 from fnlm import checkpoint, data, random, tokenizers
 from fnlm.checkpoint import CheckpointError, Saver
+from fnlm.checkpoint.layout import What
 from fnlm.data import Sizes
 from fnlm.evaluate import Evaluation
 from fnlm.loop import folder as files
 from fnlm.loop.guard import Guard
 from fnlm.loop.health import health
-from fnlm.loop.job import Begin, Outcome, Reason, keys_of
+from fnlm.loop.job import Begin, Outcome, Reason, averaged, keys_of
 from fnlm.loop.ledger import Ledger
 from fnlm.loop.samples import PARTED, Sampler
 from fnlm.loop.signals import Stop
 from fnlm.loop.team import Alone, CommonSaver
-from fnlm.step import LossScale
 from fnlm.track import JsonLines, Progress, Tracker
 from fnlm.types import Batch, Params, TrainState
 
@@ -39,13 +39,6 @@ SHOWN = 160  # characters of a sample on the terminal
 def due(step: int, every: int | None) -> bool:
     """Whether a count of steps is a multiple of `every`; 0 and None: never."""
     return bool(every) and step > 0 and step % (every or 1) == 0
-
-
-def averaged(state: TrainState) -> Params:
-    """The moving average of the parameters where the optimizer keeps one (`ema`), else the parameters."""
-    inner = state.opt_state.inner if isinstance(state.opt_state, LossScale) else state.opt_state
-    average: Params = inner["ema"].average if isinstance(inner, dict) and "ema" in inner else state.params
-    return average
 
 
 def pieces(batch: Batch, rows: int, device: torch.device) -> list[Batch]:
@@ -185,10 +178,7 @@ class Session:
         if evaluating or due(n, run.save_every):
             self._save(last)
         if due(n, run.snapshot_every):
-            state = self.state._replace(params=averaged(self.state))
-            self.saver.save(
-                state, config=self.job.config, tokenizer=self._tokenizer, extra=self._notes(), what="params"
-            )
+            self._attempt(lambda: self._write(self.state._replace(params=averaged(self.state)), "params"))
         ended = self._evaluate() if evaluating else None
         if ended is None and (last or due(n, run.sample_every)):
             self._sample()
@@ -203,20 +193,34 @@ class Session:
 
     def _save(self, last: bool = False) -> None:
         """Begin to write a checkpoint of this step, unless there is one. A failure is told, and tried again later."""
-        path = self.saver.folder / f"{self.step:08d}"
-        if self.saved == path:
+        if self.saved == self.saver.folder / f"{self.step:08d}":
             return
-        try:
-            notes = self._notes()
-            self.saved = self.saver.save(self.state, config=self.job.config, tokenizer=self._tokenizer, extra=notes)
+        # what went wrong in the background is told, and is no reason not to save now
+        if self._attempt(self.saver.wait) and self.saved is not None:
+            self.failed = 0
+
+        def save() -> None:
+            self.saved = self._write(self.state, "all")
             if last:
                 self.saver.wait()
-            self.failed = 0
+
+        self._attempt(save, last)
+
+    def _write(self, state: TrainState, what: What) -> Path:
+        more: dict[str, Any] = {"config": self.job.config, "tokenizer": self._tokenizer, "extra": self._notes()}
+        return self.saver.save(state, what=what, **more)
+
+    def _attempt(self, write: Callable[[], object], last: bool = False) -> bool:
+        """Whether writing went well. A failure is told, and raised the last time and the third time in a row."""
+        try:
+            write()
+            return True
         except CheckpointError as error:
             self.saved, self.failed = None, self.failed + 1
             if last or self.failed >= FAILED_SAVES:
                 raise
             self._event("save failed", f"step {self.step}: {error}; training goes on, the next save tries again")
+            return False
 
     def _catch_up(self) -> Outcome | None:
         """The evaluation of the step that was resumed at: it comes after the save, and may be missing."""

@@ -158,6 +158,26 @@ def test_a_disk_that_is_full_for_a_while_does_not_stop_training(
     assert checkpoint.newest_good(job.folder / "checkpoints") == outcome.checkpoint
 
 
+@pytest.mark.parametrize("snapshot_every", [None, 4])
+def test_a_failure_in_the_background_does_not_cost_the_next_save(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot_every: int | None
+) -> None:
+    """It is told when the next one begins, which is made all the same; also where snapshots are written between."""
+    left, write = [CheckpointError("no space left")], Saver._write
+
+    def sometimes(self: Saver, *args: Any) -> None:
+        if left:
+            raise left.pop()
+        write(self, *args)
+
+    monkeypatch.setattr(Saver, "_write", sometimes)
+    job = tiny.job(dataset, tmp_path, eval_every=0, snapshot_every=snapshot_every, keep=9)
+    assert tiny.fit(job).reason == "finished"
+    assert [row["event"] for row in tiny.rows(job, "event")] == ["save failed", "finished"]
+    there = {path.name for path in (job.folder / "checkpoints").iterdir() if path.is_dir()}
+    assert there >= {"00000008", "00000012"}
+
+
 def test_a_disk_that_stays_full_ends_the_run(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise CheckpointError("no space left")
