@@ -71,22 +71,6 @@ OPTIONS = (
     click.option("--quiet", is_flag=True, help="No progress on stderr."),
     click.option("--json", "as_json", is_flag=True, help="How it ended, as JSON."),
 )  # fmt: skip
-NAMES = (
-    "--strategy",
-    "--mesh",
-    "--nproc",
-    "--simulate",
-    "--data",
-    "--out",
-    "--resume",
-    "--config",
-    "--track",
-    "--force",
-    "--partial",
-    "--dry-run",
-    "--quiet",
-    "--json",
-)
 
 
 class RunCommand(click.Command):
@@ -110,6 +94,9 @@ def run_options(command: F) -> F:
     for option in reversed(OPTIONS):
         command = option(command)
     return command
+
+
+NAMES = tuple(name for option in click.command()(run_options(lambda: None)).params for name in option.opts)
 
 
 def processes_wanted(nproc: str | None, simulate: int | None) -> int:
