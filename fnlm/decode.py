@@ -115,13 +115,15 @@ def decode(
     lengths: Tensor | None = None,
     axes: Axes = LOCAL,
     apart: bool = False,
+    every: bool = False,
 ) -> tuple[Tensor, KVCache]:
     """Logits (B, V) after each row's last new token, of tokens (B, T) that follow what the cache holds.
 
     `lengths` (B,): how many of the T are meant, the first ones; a row with 0 rests, keeps its cache, and its logits say
     nothing. Logits are float32 (float64 where parameters are); `axes.tensor` set: V is this rank's part. `apart`: each
     row attends over its own positions alone, so that for the same B and T its logits are the same bits whatever the
-    other rows hold. The cache is donated: use the one that is returned. ValueError where a row does not fit into it.
+    other rows hold. `every`: after each new token, (B, T, V). The cache is donated: use the one that is returned.
+    ValueError where a row does not fit into it.
     """
     ready = params if isinstance(params, Prepared) else prepare(params, cfg)
     step = _step(tokens, cfg, cache, lengths, ready, axes, apart)
@@ -132,15 +134,13 @@ def decode(
     x = embed(ready.root, tokens, cfg, None, axes, before, step.at)
     for p, k, v in zip(ready.blocks, cache.k.unbind(0), cache.v.unbind(0), strict=True):
         x = _block(p, x, cfg, step, k, v, axes)
-    if lengths is None:
-        x, pos = x[:, -1], cache.pos + tokens.shape[1]
-    else:
-        lengths = lengths.to(cache.pos)
-        x, pos = x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)], cache.pos + lengths
+    new = tokens.shape[1] if lengths is None else lengths.to(cache.pos)
+    if not every:
+        x = x[:, -1] if isinstance(new, int) else x[torch.arange(len(x), device=x.device), (new - 1).clamp(min=0)]
     x = pvary(norm(ready.root, "norm", x, cfg), axes.tensor)
     own = "head" if "head.weight" in ready.root else "embed.tokens"
     logits = shape_logits(linear(ready.root, own, x), cfg)
-    return logits if logits.dtype == torch.float64 else logits.float(), cache._replace(pos=pos)
+    return logits if logits.dtype == torch.float64 else logits.float(), cache._replace(pos=cache.pos + new)
 
 
 def prefill(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fnlm
 from fnlm import tokenizers
-from fnlm.decode import prepare
+from fnlm.decode import decode, init_cache, prepare
 from fnlm.generate import Generation, Text, Token, beginning, complete, encoded, end_ids, generate, stream
 from fnlm.params import shapes
 from fnlm.sampling import Settings
@@ -277,3 +277,16 @@ def test_errors() -> None:
     for call, says in wrong:
         with pytest.raises(ValueError, match=re.escape(says)):
             call()
+
+
+@pytest.mark.parametrize("lengths", [None, [2, 0, 5]])
+def test_logits_at_every_new_position(lengths: list[int] | None) -> None:
+    tokens = torch.randint(0, 259, (3, 8), generator=torch.Generator().manual_seed(1))
+    _, cache = decode(READY, tokens[:, :3], CFG, init_cache(CFG, 3, dtype=torch.float64))
+    given = None if lengths is None else torch.tensor(lengths)
+    logits, cache = decode(READY, tokens[:, 3:], CFG, cache, lengths=given, every=True)
+    want = fnlm.forward(PARAMS, tokens, CFG)[:, 3:]
+    assert logits.shape == want.shape
+    for row, n in enumerate(lengths or [5, 5, 5]):
+        torch.testing.assert_close(logits[row, :n], want[row, :n], rtol=0, atol=1e-10)
+    assert cache.pos.tolist() == [3 + n for n in lengths or [5, 5, 5]]
