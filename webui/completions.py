@@ -65,7 +65,7 @@ def body_of() -> dict[str, Any]:
 
 def _answer(engine: Engine, kind: Kind) -> Response:
     body = body_of()
-    jobs = kind.read(body, engine.models.about())
+    jobs = kind.read(body, engine.models.about(body.get("model")))
     stream, echo = openai.flag(body, "stream"), openai.flag(body, "echo") and kind is TEXT
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):

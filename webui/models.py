@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from fnlm.decode import Prepared, prepare
 from fnlm.machine import has_fast_bf16
 from fnlm.quantize import quantize
 from fnlm.tokenizers import Tokenizer
+from webui import checkpoints
 
 Stamp = tuple[tuple[str, int], ...]
 Kind = Literal["chat", "text"]
@@ -105,10 +107,25 @@ class Models:
                 self._found = (time.monotonic(), found)
             return found
 
-    def about(self) -> dict[str, About]:
-        """Every model that can be read; one that cannot is logged and left out."""
-        said = ((name, self._describe(name, path)) for name, path in self.paths().items())
+    def where(self, name: str) -> Path:
+        """The path of a model, or of a run's checkpoint by NAME@STEP or NAME@newest. KeyError for an unknown name."""
+        paths = self.paths()
+        return paths[name] if name in paths else checkpoints.named(name, paths)
+
+    def about(self, asked: object = None) -> dict[str, About]:
+        """Every model, and the checkpoint that is `asked` for; one that cannot be read is logged and left out."""
+        paths = self.paths()
+        if isinstance(asked, str) and asked not in paths:
+            with contextlib.suppress(KeyError):
+                paths = {**paths, asked: self.where(asked)}
+        said = ((name, self._describe(name, path)) for name, path in paths.items())
         return {name: about for name, about in said if about is not None}
+
+    def saved(self, name: str) -> list[About]:
+        """The committed checkpoints of a run, the one committed last first; none of what is no run."""
+        found = checkpoints.saved(self.where(name))
+        said = (self._describe(f"{name}@{step}", path) for step, path in found.items())
+        return [about for about in said if about is not None]
 
     def get(self, name: str) -> Loaded:
         """The model, as the run's best (else newest) checkpoint has it now. KeyError for an unknown name."""
@@ -116,7 +133,7 @@ class Models:
             kept = self.ready(name)
             if kept is not None:
                 return kept
-            path = self.paths()[name]
+            path = self.where(name)
             now = stamp(path)
             model = self._load(name, path)
             with self._lock:
@@ -128,7 +145,7 @@ class Models:
 
     def ready(self, name: str) -> Loaded | None:
         """The model, if it is loaded and nothing newer was committed. KeyError for an unknown name."""
-        path = self.paths()[name]
+        path = self.where(name)
         with self._lock:
             kept = self._loaded.get(name)
             if kept is None or kept[0] != stamp(path):
@@ -143,7 +160,7 @@ class Models:
 
     def reader(self, name: str) -> Reader:
         """The tokenizer and the context of a model that need not be loaded. KeyError for an unknown name."""
-        path = self.paths()[name]
+        path = self.where(name)
         now, kept = stamp(path), self._readers.get(name)
         if kept is None or kept[0] != now:
             kept = self._readers[name] = (now, read(path))
@@ -175,7 +192,7 @@ class Models:
         except (ValueError, KeyError, TypeError, OSError) as error:
             _log.warning("%s is left out: %s", name, error)
             return None
-        return kept[1]
+        return kept[1]._replace(name=name)
 
 
 def dtype_of(precision: Precision, device: str, parameters: int) -> torch.dtype:
@@ -218,23 +235,18 @@ def plain(name: str) -> str:
 
 def stamp(path: Path) -> Stamp:
     """What changes whenever a checkpoint of the run is committed, marked or taken away; costs no reading."""
-    folder = checkpoints_of(path)
+    folder = checkpoints.folder_of(path)
     if interop.is_foreign(path):
         return ((str(path), path.stat().st_mtime_ns),)
     files = [path / layout.COMMITTED, folder / layout.BEST, *folder.glob(f"*/{layout.COMMITTED}")]
     return tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files if f.is_file()))
 
 
-def checkpoints_of(path: Path) -> Path:
-    """The folder with a run's checkpoints, or of checkpoints itself."""
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
-
-
 def current(path: Path) -> Path:
     """The checkpoint that would be loaded, without reading it: itself, the best one, or else the newest."""
     if (path / layout.COMMITTED).is_file():
         return path
-    folder = checkpoints_of(path)
+    folder = checkpoints.folder_of(path)
     return checkpoint.best(folder) or layout.committed(folder)[0].path
 
 

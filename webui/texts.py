@@ -20,7 +20,7 @@ def routes(engine: Engine) -> Blueprint:
     blueprint = Blueprint("texts", __name__)
 
     def reader_of(body: dict[str, object]) -> Reader:
-        name = openai.model_of(body, engine.models.about()).name
+        name = openai.model_of(body, engine.models.about(body.get("model"))).name
         try:
             return engine.models.reader(name)
         except (KeyError, ValueError, OSError):
