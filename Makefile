@@ -21,8 +21,10 @@ $(BIN)/fnlm sample runs/demo --seed 1
 $(BIN)/fnlm eval runs/demo-chat --questions 500
 endef
 
-# One thread: the tests compare bits, and their tensors are too small to share.
+# One thread: the tests compare bits, and their tensors are too small to share. The fast ones are dealt to a process for each core,
+# up to 4: each takes about 1 GB.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+DEALT := --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .PHONY: help venv demo test test-all test-slow check format bench serve clean
 
@@ -47,7 +49,7 @@ ifneq ($(DEMO_SERVE),0)
 endif
 
 test: $(INSTALLED)  ## the fast tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(DEALT) -m "not slow"
 
 test-all: $(INSTALLED)  ## every test
 	$(PYTEST)
