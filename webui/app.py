@@ -7,18 +7,22 @@ import ipaddress
 import logging
 import secrets
 import time
+from pathlib import Path
+from typing import Any
 
 from flask import Flask, Response, g, jsonify, render_template, request
 from werkzeug.exceptions import HTTPException
 
-from webui import completions, markdown, openai, texts
+from webui import completions, follow, markdown, openai, texts
 from webui.engine import Engine
+from webui.follow import Runs
 from webui.metrics import TYPE
+from webui.models import About
 from webui.openai import ApiError
 from webui.shapes import model_object
 
 BODY_LIMIT = 1 << 20
-OPEN = ("/", "/health")  # answered without a key, as is /static/
+OPEN = ("/", "/run", "/health")  # answered without a key, as is /static/
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -32,16 +36,22 @@ HEADERS = {
 log = logging.getLogger("fnlm.serve")
 
 
-def create_app(engine: Engine, api_key: str | None = None, local: bool = True) -> Flask:
-    """The app around an engine that is running. `local`: the server is bound to this machine only."""
+def create_app(engine: Engine, api_key: str | None = None, local: bool = True, followed: Path | None = None) -> Flask:
+    """The app around an engine that is running. `local`: the server is bound to this machine only; `followed`: a run
+    that has a page even before it has a checkpoint."""
     app = Flask("webui")
     app.config["MAX_CONTENT_LENGTH"] = BODY_LIMIT
     app.json.sort_keys = False  # type: ignore[attr-defined]
     _guard(app, api_key, local)
     _errors(app)
     _count(app, engine)
-    _pages(app, engine, api_key)
-    for blueprint in (completions.routes(engine), texts.routes(engine), markdown.blueprint):
+    _pages(app, engine)
+    for blueprint in (
+        follow.routes(Runs(engine.models, followed)),
+        completions.routes(engine),
+        texts.routes(engine),
+        markdown.blueprint,
+    ):
         app.register_blueprint(blueprint)
     return app
 
@@ -121,10 +131,14 @@ def is_local(host: str) -> bool:
     return True
 
 
-def _pages(app: Flask, engine: Engine, api_key: str | None) -> None:
+def _pages(app: Flask, engine: Engine) -> None:
     @app.get("/")
     def page() -> str:
-        return render_template("page.html", needs_key=api_key is not None)
+        return render_template("page.html")
+
+    @app.get("/run")
+    def run() -> str:
+        return render_template("run.html")
 
     @app.get("/health")
     def health() -> tuple[Response, int]:
@@ -142,11 +156,18 @@ def _pages(app: Flask, engine: Engine, api_key: str | None) -> None:
         }
         return Response(engine.metrics.text(gauges), content_type=TYPE)
 
+    def told(about: About) -> dict[str, Any]:
+        """A model, whether it has a page as a run, and the checkpoints that can be asked for as NAME@STEP."""
+        found = model_object(about)
+        kept = sorted(engine.models.saved(about.name), key=lambda a: a.step)
+        saved = [{"name": a.name, "step": a.step, "loss": a.loss, "saved": a.saved} for a in kept]
+        found["fnlm"] |= {"run": follow.is_run(engine.models.where(about.name)), "checkpoints": saved}
+        return found
+
     @app.get("/v1/models")
     def models() -> Response:
-        about = engine.models.about().values()
-        return jsonify({"object": "list", "data": [model_object(a) for a in about]})
+        return jsonify({"object": "list", "data": [told(a) for a in engine.models.about().values()]})
 
     @app.get("/v1/models/<path:name>")
     def model(name: str) -> Response:
-        return jsonify(model_object(openai.model_of({"model": name}, engine.models.about())))
+        return jsonify(told(openai.model_of({"model": name}, engine.models.about(name))))

@@ -96,6 +96,7 @@ class Models:
         self._lock = threading.Lock()
         self._found: tuple[float, dict[str, Path]] = (-math.inf, {})
         self._about: dict[Path, tuple[Stamp, About]] = {}
+        self._measured = checkpoints.Measured()
         self._loaded: OrderedDict[str, tuple[Stamp, Loaded]] = OrderedDict()
 
     def paths(self) -> dict[str, Path]:
@@ -192,7 +193,8 @@ class Models:
         except (ValueError, KeyError, TypeError, OSError) as error:
             _log.warning("%s is left out: %s", name, error)
             return None
-        return kept[1]._replace(name=name)
+        measured = self._measured.loss(path, kept[1].step)
+        return kept[1]._replace(name=name, loss=kept[1].loss if measured is None else measured)
 
 
 def dtype_of(precision: Precision, device: str, parameters: int) -> torch.dtype:

@@ -117,8 +117,11 @@ def _samples(folder: Path) -> Iterator[Sample]:
 
 
 def number(value: Any) -> float:
-    """A JSON value as a number; NaN for what is none."""
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    """A JSON value as a number; NaN for what is none, or is a whole number beyond all floats."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 class Facts(NamedTuple):

@@ -49,8 +49,10 @@ def test_models(client: FlaskClient) -> None:
     assert [m["id"] for m in body["data"]] == ["plain", "talk"]
     plain, talk = body["data"]
     assert plain["object"] == "model"
+    saved = {"name": "plain@7", "step": 7, "loss": 5.25, "saved": plain["created"]}
     assert plain["fnlm"] == {
         "kind": "text", "parameters": 8288, "step": 7, "loss": 5.25, "context": 64, "saved": plain["created"],
+        "run": False, "checkpoints": [saved],
     }  # fmt: skip
     assert talk["fnlm"]["kind"] == "chat"
     assert client.get("/v1/models/talk").get_json() == talk
