@@ -25,7 +25,8 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class Span(NamedTuple):
-    """A block of queries, the keys that any of them sees, and what is added to their scores, (1 or H, t, s)."""
+    """A block of queries, the keys that any of them sees, and what is added to their scores: (1 or H, t, s), or for
+    each sequence (B, 1 or H, t, s)."""
 
     rows: slice
     cols: slice
@@ -83,11 +84,18 @@ def alibi_slopes(n_heads: int, device: torch.device) -> Tensor:
 
 
 def spans_of(
-    t: int, cfg: ModelConfig, like: Tensor, block: int | None, heads: slice, start: int = 0
+    t: int,
+    cfg: ModelConfig,
+    like: Tensor,
+    block: int | None,
+    heads: slice,
+    start: int = 0,
+    begins: Tensor | None = None,
 ) -> tuple[Span, ...]:
     """T queries and the keys before them, cut into blocks of queries (None: one); biases of `like`'s dtype and device.
 
-    `heads`: those of all query heads that are computed here. `start`: the position of the first query.
+    `heads`: those of all query heads that are computed here. `start`: the position of the first query. `begins` (B, T):
+    the first position that each query may see.
     """
     size = block or t
     found = []
@@ -95,7 +103,12 @@ def spans_of(
         queries = range(start + i, start + min(i + size, t))
         keys = range(max(0, queries.start + 1 - cfg.window) if cfg.window else 0, queries.stop)
         cols = slice(keys.start, keys.stop)
-        found.append(Span(slice(i, i + len(queries)), cols, _bias(queries, keys, cfg, like, heads)))
+        rows = slice(i, i + len(queries))
+        bias = _bias(queries, keys, cfg, like, heads)
+        if begins is not None:
+            foreign = torch.arange(keys.start, keys.stop, device=like.device) < begins[:, rows, None]
+            bias = bias.masked_fill(foreign[:, None], -torch.inf)
+        found.append(Span(rows, cols, bias))
     return tuple(found)
 
 
@@ -120,7 +133,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places, ke
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, places: Places) -> Tensor:
-    if cfg.window is None and cfg.positions != "alibi" and q.shape[2] == k.shape[2]:
+    parted = bool(places.spans) and places.spans[0].bias.ndim == 4
+    if cfg.window is None and cfg.positions != "alibi" and q.shape[2] == k.shape[2] and not parted:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale(cfg))
     (span,) = places.spans
     k, v = k[:, :, span.cols], v[:, :, span.cols]

@@ -79,8 +79,11 @@ def _three(heads: Tensor, n: Heads) -> list[Tensor]:
 def _probs(q: Tensor, k: Tensor, span: Span, cfg: ModelConfig) -> Tensor:
     """(H B, t, s) attention weights of one span."""
     q, k, bias = q[:, span.rows], k[:, span.cols], span.bias
-    if len(bias) == 1:
+    if bias.ndim == 3 and len(bias) == 1:
         return torch.baddbmm(bias, q, k.mT, alpha=scale(cfg)).softmax(-1)
     scores = (q @ k.mT).mul_(scale(cfg))
-    scores.unflatten(0, (len(bias), -1)).add_(bias[:, None])
+    if bias.ndim == 4:
+        scores.unflatten(0, (-1, len(bias))).add_(bias.transpose(0, 1))
+    else:
+        scores.unflatten(0, (len(bias), -1)).add_(bias[:, None])
     return scores.softmax(-1)

@@ -17,6 +17,7 @@ Remat = Literal["none", "block"]
 Compile = Literal["off", "block", "step"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Moments = Literal["fp32", "bf16"]
+Documents = Literal["together", "apart"]
 Optimizer = Literal["sgd", "adam", "adamw", "lion", "adafactor", "muon"]
 Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"]
 
@@ -167,18 +168,23 @@ class Compute:
     always, which torch.autograd can differentiate any number of times, "sdpa" is torch's attention on any device.
     `remat`: "block" recomputes each block in the backward pass: a fifth less memory, a fifth more time.
     `compile`: "block" is one graph for all layers, "step" one for the whole loss. `loss_chunks`: pieces of the fused
-    loss; None chooses.
+    loss; None chooses. `document_end` or `document_start`: the id that ends, or begins, a document; where one is set,
+    no position of `forward` looks into a document before its own (`decode` is not concerned).
     """
 
     kernels: Kernels = "auto"
     remat: Remat = "none"
     compile: Compile = "off"
     loss_chunks: int | None = None
+    document_end: int | None = None
+    document_start: int | None = None
 
     def __post_init__(self) -> None:
         _check_choices(self)
         if self.loss_chunks is not None:
             _at_least(self, "loss_chunks", 1)
+        if self.document_end is not None and self.document_start is not None:
+            raise ValueError("document_end and document_start are two ways to say one thing; set one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +214,13 @@ class TrainConfig:
     moments: Moments = "fp32"  # how adam, adamw and muon store their running means; bf16 takes half the space
     ema: float | None = None
     dropout: float | None = None  # overrides the model's dropouts (embedding, attention, residual)
+    documents: Documents = "together"  # apart: no token looks into another document of its window
+    freeze: str = ""  # patterns of names, such as embed.*,blocks.[0-5].*: these parameters stay as they are
+    layer_decay: float | None = None  # the rate of each layer is that of the one above it times this
+    lr_scale: str = ""  # patterns and factors, such as embed.*=0.1,norm=2: of the learning rate
+    lora: int | None = None  # the rank of low-rank adapters, which alone are then trained
+    lora_alpha: float | None = None  # adapters are added times alpha / rank; None: 2 rank
+    lora_targets: str = "*"  # the maps in blocks that have adapters, by the ends of their names: q,v or attn.*,down
     precision: Precision = "bf16"
     seed: int = 1337
 
@@ -216,6 +229,12 @@ class TrainConfig:
         for name in ("steps", "batch_size", "micro_batches", "muon_steps"):
             _at_least(self, name, 1)
         check_ramp(self.ramp)
+        for _, size in self.ramp:
+            if size > self.batch_size * self.micro_batches:
+                raise ValueError(
+                    f"ramp has {size} sequences, more than the full step of {self.batch_size * self.micro_batches}; "
+                    "a ramp rises to batch_size x micro_batches"
+                )
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup={self.warmup} does not fit into steps={self.steps}; choose 0 to {self.steps}")
         if not 0 <= self.min_lr <= self.lr:
@@ -224,6 +243,39 @@ class TrainConfig:
             raise ValueError(f"moments='bf16' is for adam, adamw and muon, not {self.optimizer}; leave moments out")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is not a probability below 1")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} is outside [0, 1); choose e.g. 0.999")
+        self._check_subset()
+
+    def _check_subset(self) -> None:
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must lie above 0 and not above 1; 0.9 is usual")
+        if self.lora is not None:
+            _at_least(self, "lora", 1)
+        if self.lora is not None and self.freeze:
+            raise ValueError("with lora all parameters are frozen but the adapters; leave freeze out")
+        if self.lora is None and (self.lora_alpha is not None or self.lora_targets != "*"):
+            raise ValueError("lora_alpha and lora_targets are of adapters; give their rank too, as in lora=8")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha} must be positive; twice the rank is usual")
+        _ = self.lr_scales
+
+    @property
+    def lr_scales(self) -> list[tuple[str, float]]:
+        """The pairs of `lr_scale`. Raises ValueError for what is not PATTERN=FACTOR."""
+        found = []
+        for part in filter(None, (part.strip() for part in self.lr_scale.split(","))):
+            pattern, _, factor = part.rpartition("=")
+            try:
+                number = float(factor)
+            except ValueError:
+                number = 0.0
+            if not pattern or not 0 < number < float("inf"):
+                raise ValueError(
+                    f"lr_scale has {part!r}; write PATTERN=FACTOR with a factor above 0, as in embed.*=0.1 (freeze: 0)"
+                )
+            found.append((pattern, number))
+        return found
 
 
 def check_ramp(ramp: Sequence[Sequence[int]], name: str = "ramp") -> None:

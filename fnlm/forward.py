@@ -27,7 +27,8 @@ from fnlm.config import Compute, ModelConfig
 from fnlm.dropout import dropout
 from fnlm.kernels import joined_linear, needs_plain, rotate
 from fnlm.mlp import mlp
-from fnlm.places import places_of
+from fnlm.ngrams import ngram_ids
+from fnlm.places import begins_of, places_of
 from fnlm.sublayers import attention_sublayer, mlp_sublayer
 from fnlm.types import Key, Params
 
@@ -74,8 +75,9 @@ def hidden(
     groups = split_groups(params, cfg)
     keys = _site_keys(key, tokens.shape[0], cfg)
     root = use("root", groups["root"])
-    x = embed(root, tokens, cfg, keys and keys[:2], axes, *_front(tokens, cfg, axes))
-    places = places_of(tokens.shape[1], cfg, x, compute, axes)
+    begins = begins_of(tokens, compute, axes)
+    x = embed(root, tokens, cfg, keys and keys[:2], axes, *_front(tokens, cfg, axes, begins))
+    places = places_of(tokens.shape[1], cfg, x, compute, axes, begins)
     x = split(x, axes.sequence, 1)
     run = compiled(_block) if compute.compile == "block" else _block
     for i in range(cfg.n_layers):
@@ -186,13 +188,15 @@ def embed(
     2023): a position then knows what it follows, and one layer of attention can copy what followed the same before.
 
     In the midst of a text: `before` (B, N) are the tokens in front, V where there is none, `at` (B, T) the positions,
-    or `start` the first of them.
+    or `start` the first of them. Without `before`, `at` are positions within documents, which nothing looks out of.
     """
     seen = tokens if before is None else torch.cat([before, tokens], 1)
     more = int(cfg.token_shift > 0 and seen.shape[1] > tokens.shape[1])  # one that is only shifted
-    x = _words(root, seen, tokens.shape[1] + more, cfg, keys, axes, start - more)
+    own = at if before is None else None
+    x = _words(root, seen, tokens.shape[1] + more, cfg, keys, axes, start - more, own)
     if cfg.token_shift:
         back = x[:, :-1] if more else F.pad(x[:, :-1], (0, 0, 1, 0))
+        back = back if own is None else back * (own > 0)[..., None]
         x = x[:, more:] + cfg.token_shift * back
     if cfg.positions == "learned":
         table = root["embed.positions.weight"]
@@ -203,14 +207,22 @@ def embed(
 
 
 def _words(
-    root: Params, seen: Tensor, n: int, cfg: ModelConfig, keys: list[Tensor] | None, axes: Axes, start: int
+    root: Params,
+    seen: Tensor,
+    n: int,
+    cfg: ModelConfig,
+    keys: list[Tensor] | None,
+    axes: Axes,
+    start: int,
+    own: Tensor | None,
 ) -> Tensor:
     """Token and n-gram embeddings of the last `n` tokens seen, of which the first is at position `start`; 0 for V."""
     mine = seen[:, seen.shape[1] - n :]
     there = mine < cfg.vocab_size if seen.shape[1] > n or start < 0 else None  # V stands before a text
     x = _rows(root["embed.tokens.weight"], mine if there is None else mine.where(there, 0), cfg.vocab_size, axes)
     for j, (order, rows) in enumerate(cfg.ngrams):
-        e = F.embedding(ngram_ids(seen, order, rows, cfg.vocab_size)[:, -n:], root[f"embed.ngram{order}.weight"])
+        ids = ngram_ids(seen, order, rows, cfg.vocab_size, own)
+        e = F.embedding(ids[:, -n:], root[f"embed.ngram{order}.weight"])
         if keys and order > 2:
             kept = dropout(torch.ones_like(e[..., :1]), cfg.dropout_ngram, random.fold_in(keys[1], j), (start, 0))
             e = e * kept
@@ -223,10 +235,13 @@ def reach(cfg: ModelConfig) -> int:
     return max((order - 1 for order, _ in cfg.ngrams), default=0) + (cfg.token_shift > 0)
 
 
-def _front(tokens: Tensor, cfg: ModelConfig, axes: Axes) -> tuple[Tensor | None, None, int]:
-    """For `embed` on a split context: the tokens in front, as far as n-grams look, and the first position."""
+def _front(
+    tokens: Tensor, cfg: ModelConfig, axes: Axes, begins: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """For `embed`: of a split context the tokens in front and the first position; of parted documents the positions."""
     if axes.context is None:
-        return None, None, 0
+        at = None if begins is None else torch.arange(tokens.shape[1], device=tokens.device) - begins
+        return None, at, 0
     start, far = axes.context.index * tokens.shape[1], reach(cfg)
     before = gather(tokens, axes.context, 1)[:, max(0, start - far) : start] if far else None
     return before, None, start
@@ -246,19 +261,6 @@ def _rows(weight: Tensor, tokens: Tensor, vocab_size: int, axes: Axes) -> Tensor
 def first_row(vocab_size: int, axes: Axes) -> int:
     """The first vocabulary row this rank holds: parts of ceil(V / ranks), the last ones short or empty."""
     return min(axes.tensor.index * -(-vocab_size // axes.tensor.size), vocab_size) if axes.tensor else 0
-
-
-def ngram_ids(tokens: Tensor, order: int, rows: int, vocab_size: int) -> Tensor:
-    """The row of each position's n-gram, itself and the order-1 before it, (B, T): exact where all fit, else hashed."""
-    base = vocab_size + 1  # V stands for "before the beginning"
-    code = tokens
-    for back in range(1, order):
-        before = F.pad(tokens, (back, 0), value=vocab_size)[..., : tokens.shape[-1]]
-        code = code + before * base**back if base**order < 2**62 else (code * 0x2C1B3C6D + before) & 0xFFFFFFFF
-    if base**order <= rows:
-        return code
-    code = (code ^ (code >> 32)) & 0xFFFFFFFF  # so that no product overflows int64, which compilers may not expect
-    return (((code ^ (code >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF) % rows
 
 
 def _site_keys(key: Key | None, batch: int, cfg: ModelConfig) -> list[Tensor] | None:

@@ -6,6 +6,7 @@ T positions; R the rotated dimensions of a head.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fnlm.attention import BLOCK, Places, spans_of
@@ -14,16 +15,38 @@ from fnlm.config import Compute, ModelConfig
 from fnlm.rotary import amplitude, frequencies
 
 
-def places_of(t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Axes = LOCAL) -> Places:
-    """The position tables for T positions, made once for all blocks."""
+def places_of(
+    t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Axes = LOCAL, begins: Tensor | None = None
+) -> Places:
+    """The position tables for T positions, made once for all blocks; `begins` (B, T) as `begins_of` gives them."""
     rope = cfg.positions == "rope"
     start = axes.context.index * t if axes.context else 0
     at = torch.arange(start, start + t, device=like.device)
     rotation = rope_table(at, cfg, like.dtype) if rope else None
     blocked = compute.kernels != "sdpa" and not like.is_cuda
     heads = heads_of(cfg, axes)
-    spans = spans_of(t, cfg, like, BLOCK if blocked else None, heads, start)
+    spans = spans_of(t, cfg, like, BLOCK if blocked else None, heads, start, begins)
     return Places(rotation, spans, heads.start, start)
+
+
+def begins_of(tokens: Tensor, compute: Compute, axes: Axes = LOCAL) -> Tensor | None:
+    """The position (B, T) at which the document of each token (B, T) begins; None where documents are not told apart.
+
+    A window's first document begins at 0, whether or not its true beginning is in the window. Raises ValueError on a
+    split context, where a rank does not see the tokens in front.
+    """
+    if compute.document_end is None and compute.document_start is None:
+        return None
+    if axes.context is not None:
+        raise ValueError(
+            "documents are not told apart on a split context; choose documents=together, or no context axis"
+        )
+    if compute.document_start is not None:
+        first = tokens == compute.document_start
+    else:
+        first = F.pad(tokens[:, :-1] == compute.document_end, (1, 0))
+    at = torch.arange(tokens.shape[1], device=tokens.device)
+    return torch.where(first, at, 0).cummax(1).values
 
 
 def heads_of(cfg: ModelConfig, axes: Axes) -> slice:

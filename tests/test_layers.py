@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "types",
     "tree",
-    "random < dropout | config < overrides | collectives | compiling | kernels | machine < environment",
-    "attention < blocked < rotary < places < linear < mlp < sublayers < forward < losses | optim | "
+    "random < dropout | config < overrides < names | collectives | compiling | kernels | machine < environment",
+    "attention < blocked < rotary < places < ngrams < linear < mlp < sublayers < forward < losses | optim | "
     "sharding | tokenizers | world | quantize",
-    "params < presets | sampling | data | decode",
-    "links < step < sharded_optim < sharded < forecast < elastic | generate | evaluate | "
+    "params < lora < trainable < presets | sampling | data | decode",
+    "links < step < sharded_optim < sharded < forecast < elastic | tokens < speculate < generate | evaluate | "
     "checkpoint < interop < trained | lift | budget",
     "track < loop | report | benchmark_strategies | "
     "benchmark_report < benchmark_contestants < benchmark_worker < benchmark",

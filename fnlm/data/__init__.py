@@ -2,7 +2,7 @@
 
 from fnlm.data.batches import batch_at, batches, sample_ids, window_count, window_starts, windows
 from fnlm.data.chat import conversations, prompt, render
-from fnlm.data.manifest import DataError, Dataset, Split, open, require_same_tokenizer, verify
+from fnlm.data.manifest import DataError, Dataset, Split, boundary, open, require_same_tokenizer, verify
 from fnlm.data.named import NAMES, named
 from fnlm.data.prefetch import prefetch
 from fnlm.data.prepare import Preparation, prepare
@@ -17,6 +17,7 @@ __all__ = [
     "Split",
     "batch_at",
     "batches",
+    "boundary",
     "conversations",
     "named",
     "open",

@@ -99,6 +99,22 @@ def _dataset(folder: Path, manifest: dict[str, Any]) -> Dataset:
     return Dataset(folder, manifest, tokenizer, train, val)
 
 
+def boundary(dataset: Dataset) -> tuple[int | None, int | None]:
+    """What tells documents apart: the id that ends each, or, where every one has a prefix, the id that begins each.
+
+    Raises DataError where there is neither.
+    """
+    manifest = dataset.manifest
+    if manifest.get("prefix"):
+        return None, int(manifest["prefix"][0])
+    if manifest["eot_id"] is None:
+        raise DataError(
+            f"{dataset.folder}: nothing stands between documents, as its tokenizer has no end of text; "
+            "train with documents=together, or prepare the data with --special '<|endoftext|>'"
+        )
+    return int(manifest["eot_id"]), None
+
+
 def require_same_tokenizer(dataset: Dataset, sha256: str, what: str) -> None:
     """Raises DataError unless the data were made with the tokenizer of this sha256, which is that of `what`."""
     own = str(dataset.manifest["tokenizer"]["sha256"])

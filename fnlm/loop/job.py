@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fnlm import random
 from fnlm.config import Compute, ModelConfig, TrainConfig
-from fnlm.data import Dataset
+from fnlm.data import Dataset, boundary
 from fnlm.evaluate import Evaluation
 from fnlm.loop.settings import RunConfig
 from fnlm.step import LossScale
@@ -60,6 +60,17 @@ class Outcome(NamedTuple):
     seconds: float
     signal: int | None = None
     message: str = ""
+
+
+def parted(job: Job) -> Job:
+    """The job, with documents="apart" as what computes it: the id that its data have between documents.
+
+    Raises DataError for data whose documents cannot be told apart.
+    """
+    if job.train.documents == "together":
+        return job
+    end, start = boundary(job.dataset)
+    return replace(job, compute=replace(job.compute, document_end=end, document_start=start))
 
 
 def keys_of(train: TrainConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:

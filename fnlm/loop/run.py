@@ -9,10 +9,10 @@ from fnlm.checkpoint import Saver
 from fnlm.environment import environment, memory_available
 from fnlm.loop import folder as files
 from fnlm.loop import memory
-from fnlm.loop.job import Begin, Job, Outcome
+from fnlm.loop.job import Begin, Job, Outcome, parted
 from fnlm.loop.session import Session
 from fnlm.loop.signals import Stop
-from fnlm.loop.team import Alone, CommonSaver, Together
+from fnlm.loop.team import Alone, CommonSaver, SubsetSaver, Together
 from fnlm.sharding import Mesh
 from fnlm.track import JsonLines, Many, Progress, Tracker
 
@@ -25,6 +25,7 @@ def fit(job: Job, trackers: Tracker, progress: Progress, mesh: Mesh | None = Non
     Raises DoesNotFit where memory runs out, with what would fit; CheckpointError where a checkpoint cannot be used or
     written; DataError for data that cannot be. What was saved before stays.
     """
+    job = parted(job)
     team = Alone(job) if mesh is None or mesh.world == 1 else Together(job, mesh)
     begin, metrics = team.begin(), job.folder / files.METRICS
     log = Many([trackers])
@@ -37,7 +38,7 @@ def fit(job: Job, trackers: Tracker, progress: Progress, mesh: Mesh | None = Non
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(Stop(progress.say))
         stack.enter_context(saver)
-        common = CommonSaver(team, saver) if isinstance(team, Together) else saver
+        common = saver_of(team, saver)
         try:
             return Session(team, begin, common, stop, Many([log, progress]), progress).run()
         except (RuntimeError, MemoryError) as error:
@@ -46,6 +47,13 @@ def fit(job: Job, trackers: Tracker, progress: Progress, mesh: Mesh | None = Non
             raise memory.DoesNotFit(memory.advice(job.cfg, job.train, memory_available())) from error
         finally:
             log.close()
+
+
+def saver_of(team: Alone, saver: Saver) -> Saver | CommonSaver | SubsetSaver:
+    """What a team saves with."""
+    if isinstance(team, Together):
+        return CommonSaver(team, saver)
+    return saver if team.subset.is_all else SubsetSaver(team, saver)
 
 
 def start(job: Job) -> Begin:
