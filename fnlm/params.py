@@ -61,7 +61,7 @@ def init_params(
     """Fresh parameters: each tensor is drawn from its own key, so a name's values do not depend on the others."""
     out = {}
     for name, shape in shapes(cfg).items():
-        std, own = init_std(name, shape, cfg), random.fold_in(key, _number(name))
+        std, own = init_std(name, shape, cfg), random.fold_in(key, number_of(name))
         if is_norm(name) and name.endswith(".weight"):
             x = torch.ones(shape, dtype=dtype)
         elif std == 0:
@@ -72,7 +72,7 @@ def init_params(
     return out
 
 
-def _number(name: str) -> int:
+def number_of(name: str) -> int:
     """A name as 63 bits."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 

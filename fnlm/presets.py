@@ -9,7 +9,9 @@ import torch
 
 from fnlm import optim
 from fnlm.config import ModelConfig, TrainConfig
+from fnlm.lora import is_adapter
 from fnlm.params import is_hidden_matrix, is_matrix, mup_lr_scale
+from fnlm.trainable import rates_of
 from fnlm.types import Transform
 
 
@@ -84,31 +86,40 @@ def schedule_of(train: TrainConfig, peak: float) -> optim.Schedule:
 
 
 def optimizer_of(train: TrainConfig, cfg: ModelConfig) -> Transform:
-    """The optimizer that a TrainConfig names, for a model: decay on matrices, muP's rates where the model is muP."""
+    """The optimizer that a TrainConfig names, for a model: decay on matrices and adapters, rates by layer and by name,
+    muP's rates where the model is muP.
+    """
     lr, decay, clip = schedule_of(train, train.lr), train.weight_decay, train.clip
     stored = torch.bfloat16 if train.moments == "bf16" else None
     if train.optimizer == "muon":
         rate, b1, b2 = schedule_of(train, train.muon_lr), train.b1, train.b2
         inner = optim.muon(rate, is_hidden_matrix, lr, steps=train.muon_steps, decay=decay,
-                           b1=b1, b2=b2, adam_decay=train.muon_table_decay, adam_mask=is_matrix, clip=clip,
+                           b1=b1, b2=b2, adam_decay=train.muon_table_decay, adam_mask=is_decayed, clip=clip,
                            moments_dtype=stored)  # fmt: skip
     elif train.optimizer == "adamw":
-        inner = optim.adamw(lr, train.b1, train.b2, decay=decay, mask=is_matrix, clip=clip, moments_dtype=stored)
+        inner = optim.adamw(lr, train.b1, train.b2, decay=decay, mask=is_decayed, clip=clip, moments_dtype=stored)
     elif train.optimizer == "adam":
         inner = optim.adam(lr, train.b1, train.b2, clip=clip, moments_dtype=stored)
     elif train.optimizer == "lion":
-        inner = optim.lion(lr, decay=decay, mask=is_matrix, clip=clip)
+        inner = optim.lion(lr, decay=decay, mask=is_decayed, clip=clip)
     elif train.optimizer == "adafactor":
-        inner = optim.adafactor(lr, decay=decay, mask=is_matrix, clip=clip)
+        inner = optim.adafactor(lr, decay=decay, mask=is_decayed, clip=clip)
     else:
-        inner = optim.sgd(lr, momentum=train.b1, nesterov=True, decay=decay, mask=is_matrix, clip=clip)
+        inner = optim.sgd(lr, momentum=train.b1, nesterov=True, decay=decay, mask=is_decayed, clip=clip)
     return _tailed(inner, train, cfg)
+
+
+def is_decayed(name: str) -> bool:
+    """What weight decay draws to zero: matrices, and adapters, whose product is added to one."""
+    return is_matrix(name) or is_adapter(name)
 
 
 def _tailed(inner: Transform, train: TrainConfig, cfg: ModelConfig) -> Transform:
     links = {"main": inner}
     if cfg.init == "mup":
         links["mup"] = optim.scale_by_name(lambda name: mup_lr_scale(cfg, name))
+    if rates := rates_of(cfg, train):
+        links["rates"] = optim.scale_by_name(rates.__getitem__)
     if train.ema is not None:
         links["ema"] = optim.ema_params(train.ema)
     return inner if len(links) == 1 else optim.chain(**links)

@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fnlm import checkpoint, interop, tokenizers
+from fnlm import checkpoint, interop, lora, tokenizers
 from fnlm.checkpoint import CheckpointError
 from fnlm.config import ModelConfig, did_you_mean
 from fnlm.tokenizers import Tokenizer
+from fnlm.trainable import lora_scale
 from fnlm.types import Params
 
 Which = Literal["best", "newest"]
@@ -65,6 +66,8 @@ def load(
         return _foreign(at, device, dtype)
     cfg, params, extra = checkpoint.load_params(at, average=average)
     about, config = checkpoint.describe(at), json.loads((at / "config.json").read_text(encoding="utf-8"))
+    if (scale := scale_of(config)) is not None:
+        params = lora.merge(params, scale)
     if not (at / "tokenizer.json").is_file():
         raise CheckpointError(f"{at} has no tokenizer.json; save it with tokenizer=PATH")
     tokenizer = tokenizers.load(at)
@@ -73,6 +76,13 @@ def load(
             f"{at}: its tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={cfg.vocab_size}"
         )
     return Trained(cfg, _moved(params, device, dtype), tokenizer, at, about["step"], extra, config)
+
+
+def scale_of(config: dict[str, Any]) -> float | None:
+    """What a run's adapters are added times, None for a run without."""
+    train = config.get("train", {})
+    rank, alpha = train.get("lora"), train.get("lora_alpha")
+    return None if rank is None else lora_scale(rank, alpha)
 
 
 def _foreign(at: Path, device: str | torch.device, dtype: torch.dtype | Literal["saved"] | None) -> Trained:

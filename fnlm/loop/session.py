@@ -28,7 +28,7 @@ from fnlm.loop.job import Begin, Outcome, Reason, averaged, keys_of
 from fnlm.loop.ledger import Ledger
 from fnlm.loop.samples import PARTED, Sampler
 from fnlm.loop.signals import Stop
-from fnlm.loop.team import Alone, CommonSaver
+from fnlm.loop.team import Alone, CommonSaver, SubsetSaver
 from fnlm.track import JsonLines, Progress, Tracker
 from fnlm.types import Batch, Params, TrainState
 
@@ -51,7 +51,13 @@ class Session:
     """One call of `fit`: the state, and what is remembered around it."""
 
     def __init__(
-        self, team: Alone, begin: Begin, saver: Saver | CommonSaver, stop: Stop, tracker: Tracker, progress: Progress
+        self,
+        team: Alone,
+        begin: Begin,
+        saver: Saver | CommonSaver | SubsetSaver,
+        stop: Stop,
+        tracker: Tracker,
+        progress: Progress,
     ) -> None:
         job = team.job
         self.team, self.job, self.state, self.saver, self.stop = team, job, begin.state, saver, team.stopping(stop)
@@ -98,6 +104,8 @@ class Session:
             self._event("resumed", f"resumed from {self.job.resume}")
             if ended := self._catch_up():
                 return ended
+        elif self.job.params is not None:
+            self._before()
         with closing(self._batches()) as batches:
             self.clock.paused()
             for batch in batches:
@@ -230,6 +238,13 @@ class Session:
         known = [row["val/loss"] for row in rows if row.get("step") == self.step and row.get("val/loss") is not None]
         loss = self.team.said(known[-1] if known else None)
         return self._evaluate() if loss is None else self._compare(loss)
+
+    def _before(self) -> None:
+        """The validation loss and samples of the model that training starts from; a signal is seen to after a step."""
+        val = self.team.evaluate(averaged(self.state), self.stop)
+        if val.complete:
+            self._row({"val/loss": val.loss, "val/ppl": val.perplexity, "val/bpb": val.bits_per_byte})
+            self._sample()
 
     def _evaluate(self) -> Outcome | None:
         """Measure the validation loss; note the best; end where patience is over, or a signal came."""

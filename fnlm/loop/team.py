@@ -24,12 +24,13 @@ from fnlm.loop import health
 from fnlm.loop.job import Begin, Job, keys_of
 from fnlm.loop.signals import Stop
 from fnlm.losses import make_lm_loss
-from fnlm.params import init_params, shapes
+from fnlm.params import init_params
 from fnlm.presets import optimizer_of, trained_model
 from fnlm.sharded import layout_of, make_sharded_loss, make_sharded_step, sharded_state
 from fnlm.sharding import Abandoned, Mesh, global_norm, largest, total
 from fnlm.sharding.strategy import row_axes
-from fnlm.step import Judge, Loss, Metrics, Plan, init_state, make_step
+from fnlm.step import DTYPES, Judge, Loss, Metrics, Plan, init_state, make_step
+from fnlm.trainable import subset_of
 from fnlm.types import Batch, Params, TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -46,23 +47,34 @@ class Alone:
 
     def __init__(self, job: Job) -> None:
         self.job, self.plan, self.optimizer = job, Plan(job.train.precision), optimizer_of(job.train, job.cfg)
+        self.subset, self.resting = subset_of(job.cfg, job.train), Params()
 
     def begin(self) -> Begin:
         """A fresh state, or that of the checkpoint: every bit of it. Raises CheckpointError where it does not fit."""
         job, key = self.job, keys_of(self.job.train)[2]
         if job.resume is None:
-            return Begin(init_state(self._fresh(), self.optimizer, self.plan, key), {})
+            own, self.resting = self.subset.parted(self._fresh())
+            return Begin(init_state(own, self.optimizer, self.plan, key), {})
         if job.partial:
-            like = init_state(self._fresh(anew=True), self.optimizer, self.plan, key)
-            return Begin(*checkpoint.restore(job.resume, like, partial=True))
-        outline = {k: torch.empty(shape, device="meta") for k, shape in shapes(job.cfg).items()}
-        like = init_state(outline, self.optimizer, self.plan, key)
-        return self._placed(checkpoint.restore(job.resume, like), like)
+            like = self._whole_state(self._fresh(anew=True), key)
+            return self._parted(Begin(*checkpoint.restore(job.resume, like, partial=True)))
+        outline = {k: torch.empty(shape, device="meta") for k, shape in self.subset.sizes.items()}
+        like = self._whole_state(outline, key)
+        return self._parted(self._placed(checkpoint.restore(job.resume, like), like))
+
+    def _whole_state(self, params: Params, key: Tensor) -> TrainState:
+        """The state as a checkpoint holds it: with what rests."""
+        state = init_state(self.subset.parted(params)[0], self.optimizer, self.plan, key)
+        return state._replace(params=params)
+
+    def _parted(self, begin: Begin) -> Begin:
+        own, self.resting = self.subset.parted(begin.state.params)
+        return begin._replace(state=begin.state._replace(params=own))
 
     def _fresh(self, anew: bool = False) -> Params:
-        job = self.job
-        params = init_params(job.cfg, keys_of(job.train)[0]) if anew or job.params is None else job.params
-        return {k: p.to(job.device) for k, p in params.items()}
+        job, key = self.job, keys_of(self.job.train)[0]
+        params = init_params(job.cfg, key) if anew or job.params is None else job.params
+        return self.subset.begun({k: p.to(job.device) for k, p in params.items()}, key)
 
     def _placed(self, restored: tuple[TrainState, dict[str, Any]], like: TrainState) -> Begin:
         state, notes = restored
@@ -75,15 +87,21 @@ class Alone:
     def step(self, judge: Judge) -> Step:
         """The training step."""
         loss = make_lm_loss(trained_model(self.job.cfg, self.job.train), self.job.compute)
-        return make_step(loss, self.optimizer, self.plan, judge)
+        dtype = None if self.plan.precision == "fp32" else DTYPES[self.plan.precision]
+        return make_step(self.subset.loss(loss, self.resting, dtype), self.optimizer, self.plan, judge)
 
     def restore(self, path: Path, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """A checkpoint of this run, as `state` lies."""
-        return checkpoint.restore(path, state)
+        found, notes = checkpoint.restore(path, self.with_resting(state))
+        return found._replace(params=self.subset.parted(found.params)[0]), notes
+
+    def with_resting(self, state: TrainState) -> TrainState:
+        """The state as a checkpoint holds it."""
+        return state._replace(params=self.subset.joined(state.params, self.resting))
 
     def evaluate(self, params: Params, stop: Callable[[], bool]) -> Evaluation:
         """The validation loss."""
-        return self._evaluated(params, stop)
+        return self._evaluated(self.subset.model(params, self.resting), stop)
 
     def _evaluated(self, params: Params, stop: Callable[[], bool], **how: Any) -> Evaluation:
         job = self.job
@@ -94,8 +112,8 @@ class Alone:
         )  # fmt: skip
 
     def whole(self, params: Params) -> Params | None:
-        """Whole parameters on the lead, None on others."""
-        return params
+        """The model's whole parameters on the lead, None on others."""
+        return self.subset.model(params, self.resting)
 
     def norms(self, tensors: Params) -> dict[str, Tensor]:
         """The norm of each layer; see `fnlm.loop.health`."""
@@ -232,6 +250,18 @@ class CommonStop(Stop):
         if self.signal is None:
             self.signal = int(self._team.most(self._own.signal or 0)) or None
         return self.signal is not None
+
+
+class SubsetSaver:
+    """A `Saver` of a run that trains part of a model: what rests is written with it, in a file of its own."""
+
+    def __init__(self, team: Alone, saver: Saver) -> None:
+        self.folder, self._saver, self._team = saver.folder, saver, team
+        self.mark_best, self.wait = saver.mark_best, saver.wait
+
+    def save(self, state: TrainState, **more: Any) -> Path:
+        """As `Saver.save`."""
+        return self._saver.save(self._team.with_resting(state), frozen=self._team.subset.rests, **more)
 
 
 class CommonSaver:

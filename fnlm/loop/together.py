@@ -16,6 +16,7 @@ from fnlm.sharded import layout_of
 from fnlm.sharding import STRATEGIES, Mesh, mesh_for, parse_mesh, planned, rows_of, simulate, strategy
 from fnlm.sharding.mesh import Shape
 from fnlm.track import Many, Progress, Tracker
+from fnlm.trainable import subset_of
 
 
 def mesh_of(cfg: ModelConfig, train: TrainConfig, run: RunConfig, world: int, threads: bool = False) -> Shape:
@@ -26,6 +27,9 @@ def mesh_of(cfg: ModelConfig, train: TrainConfig, run: RunConfig, world: int, th
         raise ValueError(f"{world} ranks run, but strategy=single is for one; choose --strategy {many}")
     if row.reducer == "torch" and threads:
         raise ValueError(f"strategy {row.name} is PyTorch's own reducer and needs processes; choose ddp_bucketed")
+    if world > 1 and not subset_of(cfg, train).is_all:
+        what = f"lora={train.lora}" if train.lora else f"freeze={train.freeze}"
+        raise ValueError(f"{what} trains part of the model, on one process; leave --strategy, --mesh and ranks out")
     given = None if run.mesh is None else parse_mesh(run.mesh, world)
     if world == 1:
         return {}

@@ -184,7 +184,7 @@ def test_a_model_that_cannot_write_is_trained_all_the_same(dataset: Dataset, tmp
     params = {k: torch.full(s, math.nan) for k, s in fnlm.shapes(cfg).items()}
     job = tiny.job(dataset, tmp_path, tiny.training(steps=2), cfg, params=params, guard="off", sample_every=1)
     assert tiny.fit(job).reason == "finished"
-    assert [row["event"] for row in tiny.rows(job, "event")] == ["sample failed", "sample failed", "finished"]
+    assert [row["event"] for row in tiny.rows(job, "event")] == [*["sample failed"] * 3, "finished"]
 
 
 def test_samples_of_given_prompts(dataset: Dataset, tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""Parameters chosen by patterns of their names, as a shell's: `embed.*,blocks.[0-5].*`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from fnlm.config import did_you_mean
+
+EDGE = "*?["  # begin what stands for more than itself
+
+
+def parted(patterns: str) -> list[str]:
+    """The patterns between commas."""
+    return [part.strip() for part in patterns.split(",") if part.strip()]
+
+
+def chosen(patterns: str, names: Sequence[str], field: str, tail: bool = False) -> list[str]:
+    """The names that any of the patterns stands for, in order.
+
+    A pattern is a whole name or its beginning up to a dot (`embed`, `blocks.0`), with `tail` also its end (`attn.q`).
+    ValueError, with the nearest names, for one that stands for nothing.
+    """
+    found: set[str] = set()
+    for pattern in parted(patterns):
+        mine = {name for name in names if matches(pattern, name, tail)}
+        if not mine:
+            near = did_you_mean(pattern.strip(EDGE + ".]"), list(parts(names, tail)))
+            raise ValueError(f"{field} has {pattern!r}, which no parameter is called{near}")
+        found |= mine
+    return [name for name in names if name in found]
+
+
+def matches(pattern: str, name: str, tail: bool = False) -> bool:
+    """Whether a pattern stands for a name."""
+    ends = (pattern, f"{pattern}.*") + ((f"*.{pattern}", f"*.{pattern}.*") if tail else ())
+    return any(fnmatchcase(name, end) for end in ends)
+
+
+def parts(names: Iterable[str], tail: bool = False) -> dict[str, None]:
+    """What patterns may be made of: each name, the beginnings of it up to a dot, with `tail` the ends; each once."""
+    found: dict[str, None] = {}
+    for name in names:
+        words = name.split(".")
+        found |= {".".join(words[:n]): None for n in range(1, len(words) + 1)}
+        found |= {".".join(words[n:]): None for n in range(1, len(words))} if tail else {}
+    return found
