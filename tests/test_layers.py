@@ -17,11 +17,11 @@ FLOORS = (
     "tree",
     "random < dropout | config < overrides < names | collectives | compiling | kernels | machine < environment",
     "attention < blocked < rotary < places < ngrams < linear < mlp < sublayers < forward < losses | optim | "
-    "sharding | tokenizers | world | quantize",
+    "sharding | tokenizers | world | quantize | cleaning",
     "params < lora < trainable < presets | sampling | data | decode",
     "links < step < sharded_optim < sharded < forecast < elastic | tokens < speculate < generate | evaluate | "
     "checkpoint < interop < trained | lift | budget",
-    "track < loop | report | benchmark_strategies | "
+    "track < loop | report | evaluation | benchmark_strategies | "
     "benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names
     "cli | webui",

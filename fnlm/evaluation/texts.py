@@ -1,0 +1,106 @@
+"""Any text as a split that `evaluate` takes, and its loss for each word and byte in place of each token.
+
+A word is what whitespace parts (`str.split`), a byte one of the text in UTF-8.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fnlm.data import DataError, Split
+from fnlm.data.sources import Piece, find, pieces
+from fnlm.generate import beginning
+from fnlm.tokenizers import Tokenizer
+
+BLOCK = 1 << 16
+CHARACTERS = 1 << 20
+
+
+class Text(NamedTuple):
+    """A split and the words of its text. The mask is 1 for the text's own tokens, 0 for what stands before it."""
+
+    split: Split
+    words: int
+
+
+def read_text(paths: Sequence[str], tokenizer: Tokenizer) -> Text:
+    """The documents of files and folders, as `fnlm prepare` reads them, in order.
+
+    Before each stands what begins a text, so that its first token is predicted too; ends are not among the tokens.
+    Raises DataError for files that cannot be read or encoded, FileNotFoundError for none.
+    """
+    files = find(paths)
+    return text_of(pieces(files), tokenizer, str(files[0]) if len(files) == 1 else ", ".join(paths))
+
+
+def text_of(documents: Iterable[Piece], tokenizer: Tokenizer, where: str = "the text") -> Text:
+    """Documents, each in one piece or several, as one row of tokens. DataError, naming `where`, for none."""
+    begin = np.array(beginning(tokenizer), np.uint32)
+    nothing, one = np.zeros(len(begin), np.uint8), np.ones(1, np.uint8)
+    ids, mask, words, size, count, inside = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint8)], 0, 0, 0, False
+    for group in _groups(documents):
+        try:
+            encoded = tokenizer.encode_arrays([piece.text for piece in group])
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from error
+        for piece, own in zip(group, encoded, strict=True):
+            ids += [begin, own] if piece.first else [own]
+            mask += [nothing, one.repeat(len(own))] if piece.first else [one.repeat(len(own))]
+            words += len(piece.text.split()) - (inside and not piece.first and not piece.text[:1].isspace())
+            size, count = size + len(piece.text.encode("utf-8")), count + piece.first
+            inside = not piece.text[-1:].isspace() if piece.text else inside and not piece.first
+    if not size:
+        raise DataError(f"there is no text in {where}")
+    return Text(Split(np.concatenate(ids), np.concatenate(mask), count, size), words)
+
+
+def _groups(documents: Iterable[Piece]) -> Iterator[list[Piece]]:
+    group: list[Piece] = []
+    for piece in documents:
+        group.append(piece)
+        if sum(len(p.text) for p in group[-8:]) > CHARACTERS or len(group) >= BLOCK >> 6:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def words_of(split: Split, tokenizer: Tokenizer) -> int:
+    """The words of prepared text, by decoding its tokens; special tokens part words."""
+    special = set(tokenizer.special.values())
+    table = [b"\n" if i in special else data for i, data in enumerate(tokenizer.table)]
+    decoder, words, inside = codecs.getincrementaldecoder("utf-8")("replace"), 0, False
+    for at in range(0, len(split.tokens), BLOCK):
+        ids = split.tokens[at : at + BLOCK].tolist()
+        text = decoder.decode(b"".join(table[i] if i < len(table) else b"" for i in ids))
+        if text:
+            words += len(text.split()) - (inside and not text[0].isspace())
+            inside = not text[-1].isspace()
+    return words
+
+
+class Normalised(NamedTuple):
+    """exp of the loss for each word and byte, and the latter in bits; None where their number is not known."""
+
+    word_perplexity: float | None
+    byte_perplexity: float | None
+    bits_per_byte: float | None
+
+
+def normalised(loss: float, tokens: int, words: int | None, size: int | None) -> Normalised:
+    """The loss of `tokens` tokens (nats for each) shared among the words and bytes that they stand for.
+
+    As lm-eval's word_perplexity, byte_perplexity and bits_per_byte, where the tokens are all of the text's.
+    """
+    by_word = _exp(loss * tokens / words) if words else None
+    nats = loss * tokens / size if size else None
+    return Normalised(by_word, None if nats is None else _exp(nats), None if nats is None else nats / math.log(2))
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf if nats == nats else nats
