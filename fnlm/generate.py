@@ -6,38 +6,34 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
 
 from fnlm import random
 from fnlm.config import ModelConfig
 from fnlm.data import prompt as chat_prompt
-from fnlm.decode import Prepared, decode, init_cache, picked, prefill, prepare
-from fnlm.sampling import History, Settings, choose, draws, extended, filtered, history_of
+from fnlm.decode import Prepared, prepare
+from fnlm.sampling import Settings
+from fnlm.speculate import Begin, drafted
 from fnlm.tokenizers import IM_END, StreamDecoder, Tokenizer
 from fnlm.tokenizers.plain import Char
+from fnlm.tokens import SINKS, Limits, Token, slid, steps
 from fnlm.types import Key, Params
+
+__all__ = ["Finish", "Generation", "Text", "Token", "beginning", "complete", "encoded", "end_ids", "generate", "stream"]
 
 Finish: TypeAlias = Literal["stop", "length", "cancelled"]
 
 
-class Token(NamedTuple):
-    """One step of one row. `logprob` is the model's own, before temperature and filters; the last step of a row has
-    `finish`, and id -1 where it is an end that is not part of the text."""
-
-    row: int
-    id: int
-    logprob: float
-    finish: Literal["stop", "length"] | None
-
-
 class Generation(NamedTuple):
     """A finished text: without its end, and from the beginning of a stop string on nothing. `ids` are all that were
-    drawn, those of a stop string too. `finish`: "stop", "length" (of max_tokens or the context), "cancelled"."""
+    drawn, those of a stop string too. `finish`: "stop", "length" (of max_tokens or the context), "cancelled".
+    Under speculation so many tokens were drafted, and so many of these were what the model says."""
 
     text: str
     ids: list[int]
     finish: Finish
     prompt_tokens: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 def never(row: int = 0) -> bool:
@@ -56,29 +52,63 @@ def generate(
     vocab_size: int | None = None,
     cancelled: Callable[[], bool] = never,
     ended: Callable[[int], bool] = never,
+    draft: Begin | None = None,
+    slide: bool = False,
+    keep: int = SINKS,
 ) -> Iterator[list[Token]]:
     """The rows that still run, one token each, step by step.
 
     A row's tokens depend on its prompt, the settings and its own key alone: row i of `key` (B, 2), or i folded into
     `key` (2,); `settings.seed` stands for a key. Asked before each step: `cancelled` stops all, `ended` a row. Stop
-    strings are the caller's matter. `vocab_size`: ids from there on are never drawn. ValueError, before the first step,
-    for a prompt that is empty, too long for the context, or not in the vocabulary.
+    strings are the caller's matter. `vocab_size`: ids from there on are never drawn. `draft`: speculate with
+    `fnlm.speculate.lookup` or `with_model`, each row by itself. `slide`: a text that has outgrown the context goes on
+    from its first `keep` tokens and its newest half, which are read anew: that costs a prompt of seq_len / 2 for each
+    further seq_len / 2 - keep tokens. ValueError, before the first step, for a prompt that is empty, too long for the
+    context (unless it slides), or not in the vocabulary.
     """
     vocab_size = vocab_size or cfg.vocab_size
     if not prompts:
         raise ValueError("there is no prompt; give at least one")
     for i, prompt in enumerate(prompts):
-        _check(i, prompt, cfg, vocab_size)
+        _check(i, prompt, cfg, vocab_size, slide)
+    if slide:
+        _check_slide(cfg, settings, keep)
     key = random.key(settings.seed) if settings.seed is not None else key
     keys = key if key.ndim == 2 else random.fold_in(key, torch.arange(len(prompts)))
     ready = params if isinstance(params, Prepared) else prepare(params, cfg)
-    return _steps(ready, cfg, prompts, settings, keys, eot_ids.union(settings.stop_ids), vocab_size, cancelled, ended)
+    limits = Limits(eot_ids.union(settings.stop_ids), vocab_size, keep if slide else None)
+    if draft is None:
+        return steps(ready, cfg, prompts, settings, keys, limits, cancelled, ended)
+    each = (
+        drafted(ready, cfg, i, p, settings, k, limits, draft)
+        for i, (p, k) in enumerate(zip(prompts, keys, strict=True))
+    )
+    return _abreast(list(each), cancelled, ended)
 
 
-def _check(i: int, prompt: Sequence[int], cfg: ModelConfig, vocab_size: int) -> None:
+def _abreast(
+    rows: list[Iterator[Token]], cancelled: Callable[[], bool], ended: Callable[[int], bool]
+) -> Iterator[list[Token]]:
+    """A token of each row in turn."""
+    running = dict(enumerate(rows))
+    while running and not cancelled():
+        tokens = [next(row) for row in running.values()]
+        yield tokens
+        for token in tokens:
+            if token.finish or ended(token.row):
+                del running[token.row]
+
+
+def _check_slide(cfg: ModelConfig, settings: Settings, keep: int) -> None:
+    slid([0] * cfg.seq_len, cfg.seq_len, keep)
+    if settings.max_tokens is None:
+        raise ValueError("a text that slides has no end of its own; give it max_tokens")
+
+
+def _check(i: int, prompt: Sequence[int], cfg: ModelConfig, vocab_size: int, slide: bool) -> None:
     if not prompt:
         raise ValueError(f"prompt {i} is empty; give it at least one token")
-    if len(prompt) >= cfg.seq_len:
+    if len(prompt) >= cfg.seq_len and not slide:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens, the model's context only {cfg.seq_len} for prompt and reply; "
             f"shorten it to {cfg.seq_len - 1} at most"
@@ -86,67 +116,6 @@ def _check(i: int, prompt: Sequence[int], cfg: ModelConfig, vocab_size: int) -> 
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         wrong = next(t for t in prompt if not 0 <= t < vocab_size)
         raise ValueError(f"prompt {i} has id {wrong}, the vocabulary {vocab_size}; was it made with another tokenizer?")
-
-
-def _steps(
-    ready: Prepared,
-    cfg: ModelConfig,
-    prompts: Sequence[Sequence[int]],
-    settings: Settings,
-    keys: Tensor,
-    ends: frozenset[int],
-    vocab_size: int,
-    cancelled: Callable[[], bool],
-    ended: Callable[[int], bool],
-) -> Iterator[list[Token]]:
-    if cancelled():
-        return
-    table = ready.root["embed.tokens.weight"]
-    most = [min(settings.max_tokens or cfg.seq_len, cfg.seq_len - len(prompt)) for prompt in prompts]
-    size = max(len(prompt) + n for prompt, n in zip(prompts, most, strict=True))
-    at = torch.stack([draws(key, max(most)) for key in keys]).to(table.device)
-    history = history_of(prompts, cfg.vocab_size, table.device) if settings.has_penalties else None
-    logits, cache = prefill(ready, prompts, cfg, init_cache(cfg, len(prompts), size, table.dtype, table.device))
-    rows = list(range(len(prompts)))  # those that the cache holds
-    running = set(rows)
-    for step in range(max(most)):
-        banned = tuple(ends) if step < settings.min_tokens else ()
-        logp = filtered(logits, settings, history, banned, vocab_size)
-        ids = choose(logp, at[:, step])
-        full = {row for row in running if step + 1 == most[row]}
-        tokens = _tokens([(i, row) for i, row in enumerate(rows) if row in running], ids, logits, ends, full)
-        yield tokens
-        running -= {token.row for token in tokens if token.finish or ended(token.row)}
-        if not running or cancelled():
-            return
-        if 2 * len(running) <= len(rows):
-            kept = [i for i, row in enumerate(rows) if row in running]
-            rows = [rows[i] for i in kept]
-            index = torch.tensor(kept, device=table.device)
-            cache, ids, at = picked(cache, index), ids[index], at[index]
-            history = history and History(history.seen[index], history.counts[index])
-        mask = torch.tensor([int(row in running) for row in rows], device=table.device)
-        if history is not None:
-            history = extended(history, ids.where(mask > 0, -1))
-        lengths = mask if len(running) < len(rows) else None
-        logits, cache = decode(ready, (ids * mask)[:, None], cfg, cache, lengths=lengths)
-
-
-def _tokens(
-    running: list[tuple[int, int]], ids: Tensor, logits: Tensor, ends: frozenset[int], full: set[int]
-) -> list[Token]:
-    """What was drawn, of (index, row) for each running row; those in `full` end. ValueError where nothing could be."""
-    chosen: list[int] = ids.tolist()
-    if any(chosen[i] >= logits.shape[-1] for i, _ in running):
-        raise ValueError("no token can be drawn: the model's logits are not finite, or all ids are forbidden")
-    own = logits.gather(-1, ids.clamp(max=logits.shape[-1] - 1)[:, None]).squeeze(-1)
-    logprobs: list[float] = (own - logits.logsumexp(-1)).tolist()
-    out = []
-    for i, row in running:
-        stopped = chosen[i] in ends
-        finish: Literal["stop", "length"] | None = "stop" if stopped else "length" if row in full else None
-        out.append(Token(row, -1 if stopped else chosen[i], logprobs[i], finish))
-    return out
 
 
 class Text:
@@ -157,10 +126,13 @@ class Text:
         self._pieces: list[str] = []
         self._ids: list[int] = []
         self._prompt_tokens = len(prompt)
+        self._drafted = self._accepted = 0
         self.finish: Finish | None = None
 
     def push(self, token: Token) -> str:
         """The text that a token makes certain."""
+        self._drafted += token.drafted
+        self._accepted += token.guessed
         if token.id >= 0:
             self._ids.append(token.id)
             self._held += self._decoder.push(token.id)
@@ -193,7 +165,8 @@ class Text:
     def generation(self) -> Generation:
         """All of it, once it has ended."""
         assert self.finish is not None
-        return Generation("".join(self._pieces), self._ids, self.finish, self._prompt_tokens)
+        text = "".join(self._pieces)
+        return Generation(text, self._ids, self.finish, self._prompt_tokens, self._drafted, self._accepted)
 
 
 def _begun(text: str, stop: str) -> int:
@@ -210,16 +183,19 @@ def stream(
     key: Key,
     *,
     cancelled: Callable[[], bool] = never,
+    draft: Begin | None = None,
+    slide: bool = False,
+    keep: int = SINKS,
 ) -> Generator[str, None, Generation]:
     """The text after a prompt, piece by piece; returns the Generation, whose text is the pieces joined.
 
     No piece ends within a character or shows a stop string's beginning that might go on. The text ends at
-    `end_ids(tokenizer)` and the settings' own. Asks `cancelled` before each token.
+    `end_ids(tokenizer)` and the settings' own. Asks `cancelled` before each token; the rest as for `generate`.
     """
     text = Text(tokenizer, prompt_ids, settings.stop)
     steps = generate(
         params, cfg, [prompt_ids], settings, key, eot_ids=end_ids(tokenizer), vocab_size=tokenizer.vocab_size,
-        cancelled=cancelled, ended=lambda row: text.finish is not None,
+        cancelled=cancelled, ended=lambda row: text.finish is not None, draft=draft, slide=slide, keep=keep,
     )  # fmt: skip
     return _pieces(text, steps)
 
@@ -243,6 +219,9 @@ def complete(
     chat: bool = False,
     *,
     cancelled: Callable[[], bool] = never,
+    draft: Begin | None = None,
+    slide: bool = False,
+    keep: int = SINKS,
 ) -> list[Generation]:
     """The texts after several prompts, made together; the first is what `stream` says of it with the same key.
 
@@ -252,7 +231,7 @@ def complete(
     texts = [Text(tokenizer, p, settings.stop) for p in ids]
     for tokens in generate(
         params, cfg, ids, settings, key, eot_ids=end_ids(tokenizer), vocab_size=tokenizer.vocab_size,
-        cancelled=cancelled, ended=lambda row: texts[row].finish is not None,
+        cancelled=cancelled, ended=lambda row: texts[row].finish is not None, draft=draft, slide=slide, keep=keep,
     ):  # fmt: skip
         for token in tokens:
             texts[token.row].push(token)
