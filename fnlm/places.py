@@ -42,9 +42,9 @@ def begins_of(tokens: Tensor, compute: Compute, axes: Axes = LOCAL) -> Tensor | 
             "documents are not told apart on a split context; choose documents=together, or no context axis"
         )
     if compute.document_start is not None:
-        first = tokens == compute.document_start
+        first = tokens.eq(compute.document_start)
     else:
-        first = F.pad(tokens[:, :-1] == compute.document_end, (1, 0))
+        first = F.pad(tokens.eq(compute.document_end or 0)[:, :-1], (1, 0))
     at = torch.arange(tokens.shape[1], device=tokens.device)
     return torch.where(first, at, 0).cummax(1).values
 
