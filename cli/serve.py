@@ -26,8 +26,11 @@ from cli.sample import device_of
 from cli.tables import columns, in_si
 from fnlm import trained
 from fnlm.checkpoint import CheckpointError
+from fnlm.report.run import read_run
 from webui.app import BODY_LIMIT, create_app
+from webui.checkpoints import NEWEST
 from webui.engine import Engine
+from webui.follow import Runs
 from webui.models import About, Models, Precision
 
 FLUSH = 2.0  # seconds for clients to take the end of their replies
@@ -36,6 +39,7 @@ SPARE_THREADS = 8  # for the page and the lists while every stream is taken
 
 @click.command()
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN|FOLDER]...")
+@click.option("--follow", metavar="RUN", type=click.Path(path_type=Path), help="Open the page of this run first.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
 @click.option("--api-key", metavar="KEY", envvar="FNLM_API_KEY", help="Ask for this key. [env: FNLM_API_KEY]")
@@ -50,6 +54,7 @@ SPARE_THREADS = 8  # for the page and the lists while every stream is taken
 )
 def command(
     folders: tuple[Path, ...],
+    follow: Path | None,
     host: str,
     port: int,
     api_key: str | None,
@@ -64,23 +69,29 @@ def command(
     """Open a chat page and an OpenAI-compatible API.
 
     Every model of a run, or of the runs below a folder, can be chosen; without a name, those below ./runs. A run that
-    commits a better checkpoint is served with it from the next request on. Ctrl-C ends it.
+    commits a better checkpoint is served with it from the next request on. --follow shows a run while it trains: its
+    curves, samples and checkpoints, and what it answers by now. Ctrl-C ends it.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue of streams is nothing to warn of
     if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise ValueError("--api-key must be letters, digits and signs of ASCII without spaces: it travels in a header")
     bytes_ = None if memory is None else int(memory * 1e9)
-    models = Models(named(folders), bytes_, device_of(device), precision, quantize)
+    models = Models(named(folders, follow), bytes_, device_of(device), precision, quantize)
     about = list(models.about().values())
-    if not about:
+    if not about and follow is None:
         raise CheckpointError(f"{' '.join(map(str, models.folders))} holds no model; train one with 'fnlm train' first")
     engine = Engine(models, streams=max_streams)
     place = bound(host, port)
-    server = server_of(create_app(engine, api_key or None, is_loopback(host)), place, 2 * max_streams + SPARE_THREADS)
-    engine.start().warm(about[0].name)
-    url = f"http://{shown(host)}:{place.getsockname()[1]}/"
-    click.echo("\n".join([*table(about), "", f"{url}   Ctrl-C ends it"]))
+    runs = Runs(models, follow)
+    app = create_app(engine, api_key or None, is_loopback(host), runs)
+    server = server_of(app, place, 2 * max_streams + SPARE_THREADS)
+    engine.start()
+    if first := first_of(about, runs):
+        engine.warm(first)
+    page = "" if runs.name is None else f"run?name={quote(runs.name, safe='')}"
+    url = f"http://{shown(host)}:{place.getsockname()[1]}/{page}"
+    click.echo("\n".join([*table(about), "", f"{url}   Ctrl-C ends it"] if about else [f"{url}   Ctrl-C ends it"]))
     sys.stdout.flush()
     if not is_loopback(host) and not api_key:
         click.echo(f"warning: {host} lets everyone who reaches this machine use it; --api-key asks for a key", err=True)
@@ -90,8 +101,22 @@ def command(
     run(server, engine, grace)
 
 
-def named(folders: tuple[Path, ...]) -> list[Path]:
-    """The folders, or ./runs. Raises CheckpointError for one that is not there, with the nearest name."""
+def first_of(about: list[About], runs: Runs) -> str | None:
+    """The model to load before anyone asks: the newest of the run that is followed, else the first there is."""
+    if runs.name in [a.name for a in about]:
+        return f"{runs.name}@{NEWEST}"
+    return about[0].name if about else None
+
+
+def named(folders: tuple[Path, ...], follow: Path | None = None) -> list[Path]:
+    """The folders, or ./runs; and a run to follow, unless it is below one.
+
+    Raises CheckpointError for a folder that is not there, with the nearest name, RunError where there is no such run.
+    """
+    if follow is not None:
+        read_run(follow, follow.name)
+        inside = any(follow.resolve().is_relative_to(folder.resolve()) for folder in folders)
+        return [*(named(folders) if folders else []), *([] if inside else [follow])]
     if not folders:
         if not Path("runs").is_dir():
             raise click.UsageError("name a run, or a folder with runs; there is no ./runs", click.get_current_context())

@@ -7,7 +7,6 @@ import ipaddress
 import logging
 import secrets
 import time
-from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, g, jsonify, render_template, request
@@ -36,9 +35,9 @@ HEADERS = {
 log = logging.getLogger("fnlm.serve")
 
 
-def create_app(engine: Engine, api_key: str | None = None, local: bool = True, followed: Path | None = None) -> Flask:
-    """The app around an engine that is running. `local`: the server is bound to this machine only; `followed`: a run
-    that has a page even before it has a checkpoint."""
+def create_app(engine: Engine, api_key: str | None = None, local: bool = True, runs: Runs | None = None) -> Flask:
+    """The app around an engine that is running. `local`: the server is bound to this machine only; `runs`: those that
+    have a page, the runs among its models if none are given."""
     app = Flask("webui")
     app.config["MAX_CONTENT_LENGTH"] = BODY_LIMIT
     app.json.sort_keys = False  # type: ignore[attr-defined]
@@ -47,7 +46,7 @@ def create_app(engine: Engine, api_key: str | None = None, local: bool = True, f
     _count(app, engine)
     _pages(app, engine)
     for blueprint in (
-        follow.routes(Runs(engine.models, followed)),
+        follow.routes(runs or Runs(engine.models)),
         completions.routes(engine),
         texts.routes(engine),
         markdown.blueprint,

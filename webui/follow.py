@@ -19,7 +19,7 @@ from fnlm.report.chart import Chart, figure
 from fnlm.report.page import by_layer, charts
 from fnlm.report.run import Facts, Row, Run, facts, number
 from fnlm.report.scale import duration, large, said
-from webui.models import About, Models
+from webui.models import About, Models, plain
 from webui.openai import ApiError
 from webui.tail import Tail
 
@@ -53,9 +53,16 @@ class Runs:
     def paths(self) -> dict[str, Path]:
         """The folder of each run by its name."""
         found = {name: path for name, path in self.models.paths().items() if is_run(path)}
-        if self.followed is not None and not any(_same(path, self.followed) for path in found.values()):
-            found = {_name(self.followed, self.models.folders): self.followed, **found}
-        return found
+        return found if self.followed is None or self.name in found else {str(self.name): self.followed, **found}
+
+    @property
+    def name(self) -> str | None:
+        """What the run that is followed is called: as among the models, or as it will be there."""
+        if self.followed is None:
+            return None
+        at = self.followed.resolve()
+        known = [name for name, path in self.models.paths().items() if path.resolve() == at]
+        return known[0] if known else _name(at, [folder.resolve() for folder in self.models.folders])
 
     def drawn(self, name: str, path: Path) -> Drawn:
         """The run as it is now; it is drawn anew only where lines were added or taken away."""
@@ -77,16 +84,10 @@ def is_run(path: Path) -> bool:
     return (path / METRICS).is_file() and not (path / METRICS).is_symlink()
 
 
-def _same(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve()
-
-
 def _name(run: Path, folders: list[Path]) -> str:
     """A run's name as it will be among the models: its path below the folder that holds it."""
-    for folder in folders:
-        if run.resolve() != folder.resolve() and run.resolve().is_relative_to(folder.resolve()):
-            return run.resolve().relative_to(folder.resolve()).as_posix()
-    return run.resolve().name
+    below = [folder for folder in folders if folder in run.parents]
+    return plain(run.relative_to(below[0]).as_posix() if below else run.name)
 
 
 def config_of(path: Path) -> Row:
@@ -172,16 +173,20 @@ def told(runs: Runs, name: str, path: Path, seen: str, now: float) -> Json:
 
 def figures(fact: Facts) -> list[tuple[str, str]]:
     """Names and figures, as texts."""
-    at = "" if fact.best_step is None else f" at step {said(fact.best_step)}"
+    at = "" if fact.best_step is None else f", at step {said(fact.best_step)}"
     return [
-        ("Training loss", said(fact.train_loss)),
-        ("Validation loss", said(fact.val_loss)),
-        ("Best validation loss", said(fact.best_loss) + at),
+        ("Training loss", _loss(fact.train_loss)),
+        ("Validation loss", _loss(fact.val_loss)),
+        (f"The best{at}", _loss(fact.best_loss)),
         ("Tokens", large(fact.tokens)),
         ("Tokens per second", large(fact.tokens_per_second)),
         ("Time", duration(fact.seconds)),
         ("Parameters", large(fact.parameters)),
     ]
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def routes(runs: Runs) -> Blueprint:

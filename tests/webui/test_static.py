@@ -12,7 +12,10 @@ FILES = sorted([*(WEBUI / "static").iterdir(), *(WEBUI / "templates").iterdir()]
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in FILES}
 SCRIPTS = {name: text for name, text in TEXT.items() if name.endswith(".js")}
 SHEETS = {name: text for name, text in TEXT.items() if name.endswith(".css")}
-PAGE = TEXT["page.html"] + TEXT["icons.html"]
+PAGES = {name: TEXT[f"{name}.html"] + TEXT["icons.html"] for name in ("page", "run")}
+PAGE = "".join(PAGES.values())
+
+SHARED = {"frame.js", "ui.js"}  # of which the page of a run uses a part
 
 
 def test_every_file_is_short() -> None:
@@ -50,13 +53,30 @@ def test_every_import_is_there() -> None:
             assert set(re.findall(rf"(?<![\w./]){alias}\.(\w+)", text)) <= exports[module], (name, module)
 
 
-def test_every_id_and_icon_is_there() -> None:
-    ids = re.findall(r"\bid=\"([\w-]+)\"", PAGE)
+def scripts_of(page: str) -> set[str]:
+    """The scripts that a page loads, and what they import."""
+    todo = re.findall(r"filename='([\w.]+\.js)'", TEXT[f"{page}.html"])
+    found: set[str] = set()
+    while todo:
+        name = todo.pop()
+        todo += [] if name in found else re.findall(r"from \"\./([\w.]+)\"", SCRIPTS[name])
+        found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_id_and_icon_is_there(page: str) -> None:
+    ids = re.findall(r"\bid=\"([\w-]+)\"", PAGES[page])
     assert len(ids) == len(set(ids))
-    for name, text in SCRIPTS.items():
-        assert set(re.findall(r"byId\(\"([\w-]+)\"\)", text)) <= set(ids), name
-        assert {f"i-{i}" for i in re.findall(r"iconButton\(\"([\w-]+)\"", text)} <= set(ids), name
-    assert set(re.findall(r"href=\"#([\w-]+)\"", PAGE)) <= set(ids)
+    assert set(re.findall(r"href=\"#([\w-]+)\"", PAGES[page])) <= set(ids)
+    assert set(re.findall(r"(?:for|aria-labelledby|aria-controls)=\"([\w-]+)", PAGES[page])) <= set(ids)
+    for name in scripts_of(page) - (SHARED if page == "run" else set()):
+        assert set(re.findall(r"byId\(\"([\w-]+)\"\)", SCRIPTS[name])) <= set(ids), name
+        assert {f"i-{i}" for i in re.findall(r"iconButton\(\"([\w-]+)\"", SCRIPTS[name])} <= set(ids), name
+
+
+def test_every_script_is_used() -> None:
+    assert scripts_of("page") | scripts_of("run") == set(SCRIPTS)
 
 
 def test_every_colour_has_a_dark_one() -> None:

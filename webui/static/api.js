@@ -14,7 +14,7 @@ export class Refused extends Error {
 const given = new URLSearchParams(location.hash.slice(1)).get("key");
 if (given) {
   remember("key", given);
-  history.replaceState(null, "", location.pathname);
+  history.replaceState(null, "", location.pathname + location.search);
 }
 
 function headers() {
@@ -41,6 +41,22 @@ const posted = (path, body, signal) =>
 export async function models() {
   const body = await (await asked("v1/models")).json();
   return body.data.map((m) => ({ ...m.fnlm, name: m.id, chat: m.fnlm.chat ?? m.fnlm.kind === "chat" }));
+}
+
+// The runs that have a page, by name.
+export async function runs() {
+  return (await (await asked("v1/runs")).json()).data.map(({ id }) => id);
+}
+
+const query = (values) => new URLSearchParams(values);
+
+// A run as it is now; without its charts where those of the version `seen` still hold.
+export async function run(name, seen) {
+  return (await asked(`v1/run?${query({ name, seen })}`)).json();
+}
+
+export async function sample(name, at) {
+  return (await (await asked(`v1/run/sample?${query({ name, at })}`)).json()).text;
 }
 
 // The tokens of a text, or of a conversation ({messages}): [{id, text, special}].

@@ -1,6 +1,6 @@
 // The page: which models there are, which conversation is shown, and what is done with it.
 
-import * as api from "./api.js";
+import * as catalog from "./catalog.js";
 import { counter, recount } from "./counter.js";
 import { examples } from "./examples.js";
 import { askKey, closeDrawers, frame, grow, showSettings, slideIn } from "./frame.js";
@@ -16,8 +16,7 @@ import { button, byId, toast } from "./ui.js";
 import * as view from "./view.js";
 import { NEEDS_KEY, isBusy, isWriting, stop, write } from "./writing.js";
 
-let models = [];
-let model = null; // of the models, the one chosen
+let model = null; // the one chosen
 let rival = null; // another that answers beside it
 let talk = tree.begin(null, "chat"); // the conversation shown
 
@@ -26,6 +25,7 @@ const box = byId("text");
 
 // Models
 
+let isFirst = true; // the address may name a model, and another to compare it with
 let refreshing = null; // one at a time: each may ask for the key
 
 function refreshModels() {
@@ -35,17 +35,20 @@ function refreshModels() {
 
 async function fetchModels() {
   try {
-    models = await api.models();
+    await catalog.refresh();
   } catch (error) {
     if (error.status !== 401) return notify(error.message);
     await askKey();
     return fetchModels();
   }
-  notify(models.length ? "" : "There is no model in the served folders yet.");
-  const named = (name) => models.find((m) => m.name === name);
-  rival = named(rival?.name) ?? null;
-  const next = named(model?.name) ?? named(store.recall("model")) ?? models.find((m) => m.chat) ?? models[0];
+  notify(catalog.all().length ? "" : "There is no model in the served folders yet.");
+  const asked = isFirst ? new URLSearchParams(location.search) : new Map();
+  isFirst = false;
+  const wanted = asked.get("model") ?? model?.name;
+  const next = catalog.named(wanted) ?? catalog.named(store.recall("model")) ?? catalog.first();
+  if (next && wanted && next.name !== wanted) notify(`${wanted} is not there any more; ${next.name} answers.`);
   if (next) choose(next);
+  compare(catalog.named(asked.get("rival") ?? rival?.name));
   return undefined;
 }
 
@@ -57,23 +60,28 @@ function choose(next) {
   byId("about").title = `context of ${model.context.toLocaleString("en")} tokens`;
   store.remember("model", model.name);
   if (isOther) settings.use(model);
-  if (rival && (rival.chat !== model.chat || rival.name === model.name)) rival = null;
-  byId("rival").textContent = rival?.name ?? "No other";
+  compare(rival);
+  byId("run-link").hidden = !model.run;
+  byId("run-link").href = `run?${new URLSearchParams({ name: model.of ?? model.name })}`;
   if (talk.kind !== kind() && !tree.isEmpty(talk)) return open(null);
   Object.assign(talk, { model: model.name, kind: kind() });
   return isOther ? dress() : undefined;
 }
 
+function compare(next) {
+  rival = next && next.chat === model?.chat && next.name !== model.name ? next : null;
+  byId("rival").textContent = rival?.name ?? "No other";
+}
+
 async function pickModel() {
-  const next = await pick("Model", models, model);
+  const next = await pick("Model", catalog.all(), model);
   if (next) choose(next);
 }
 
 async function pickRival() {
-  const others = models.filter((m) => m.chat === model?.chat && m.name !== model.name);
-  const next = await pick("Compare with", others, rival, "No other");
-  if (next !== undefined) rival = next;
-  byId("rival").textContent = rival?.name ?? "No other";
+  const others = catalog.all().filter((m) => m.chat === model?.chat);
+  const next = await pick("Compare with", others, rival, "No other", model?.name);
+  if (next !== undefined) compare(next);
 }
 
 // Conversations
@@ -81,7 +89,7 @@ async function pickRival() {
 // A conversation that is kept, or (null) a new one.
 function open(next) {
   talk = next ?? tree.begin(model?.name ?? null, kind());
-  const theirs = models.find((m) => m.name === talk.model) ?? models.find((m) => m.chat === (talk.kind === "chat"));
+  const theirs = catalog.named(talk.model) ?? catalog.ofKind(talk.kind === "chat");
   if (theirs && theirs.name !== model?.name) choose(theirs);
   show();
   closeDrawers();
@@ -147,7 +155,7 @@ function begin(replies, asked) {
   const nodes = replies.map(([by, parent, said]) => tree.add(mine, parent, { role: "assistant", content: "", ...said, model: by.name }));
   nodes.forEach((node, i) => {
     const [by] = replies[i];
-    write(mine, node, request(mine, node, by, asked), (text) => view.more(node, text)).then((isKept) => end(mine, node, isKept));
+    write(mine, node, request(mine, node, by, asked), () => view.more(node)).then((isKept) => end(mine, node, isKept));
   });
   keep();
   byId("said").textContent = "Writing";
@@ -157,6 +165,7 @@ function begin(replies, asked) {
 function end(mine, node, isKept) {
   if (mine === talk) view.ended(talk, node, actions);
   dress();
+  if (node.meta.step && node.meta.step !== catalog.named(node.model)?.step) refreshModels(); // the run has gone on
   byId("said").textContent = node.error ?? node.content;
   if (!isKept) notify("This browser has no room for more: export and delete some conversations.");
   if (node.error === NEEDS_KEY) askKey().then(refreshModels);
@@ -194,7 +203,7 @@ const actions = {
   },
   // Another token in the place of the i-th, and on from there.
   branchAt(node, i, text) {
-    if (isBusy(talk)) return;
+    stop(talk);
     const before = node.tokens.slice(0, i);
     const all = node.tokens[i][2];
     const [, logprob, id] = all.find(([other]) => other === text);
@@ -204,7 +213,7 @@ const actions = {
   prefer(node) {
     tree.choose(talk, node);
     for (const id of tree.parentOf(talk, node).children) delete talk.nodes[id].meta.pair;
-    choose(models.find((m) => m.name === node.model) ?? model);
+    choose(catalog.named(node.model) ?? model);
     keep();
     show("keep");
     box.focus();

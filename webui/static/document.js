@@ -1,6 +1,5 @@
 // What a plain model writes: one text, of which some parts were given and some were written.
 
-import { spans } from "./tokens.js";
 import { adder, arrowsOf, described, edit, look, modes, problem } from "./turn.js";
 import { copy, iconButton, make } from "./ui.js";
 
@@ -14,9 +13,8 @@ export function documentOf(talk, shown, actions, parts) {
     if (node !== end) words.append(...arrowsOf(talk, node, actions));
     const segment = make("span", node.role === "user" ? "given" : "written");
     segment.dataset.id = node.id;
-    fill(segment, node, actions);
     words.append(segment);
-    parts.set(node.id, { element, add: adder(segment) });
+    parts.set(node.id, { element, add: fill(segment, node, actions) });
   }
   const dropped = shown.findLast((node) => node.meta.dropped)?.meta.dropped;
   if (dropped) element.append(make("p", "note", `The text is longer than what the model reads: its first ${dropped} tokens were left out.`));
@@ -30,8 +28,9 @@ export function documentOf(talk, shown, actions, parts) {
 }
 
 function fill(segment, node, actions) {
-  const isOpen = node.tokens?.length && !actions.isWriting(node) && look(node, actions.isThinking()) === "thoughts";
-  segment.replaceChildren(...(isOpen ? spans(node.tokens, (i, text) => actions.branchAt(node, i, text)) : [node.content]));
+  const isThought = actions.isWriting(node) ? actions.isThinking() : look(node, actions.isThinking()) === "thoughts";
+  segment.replaceChildren();
+  return adder(segment, node, isThought, actions);
 }
 
 function tools(talk, shown, element, actions) {

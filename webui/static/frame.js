@@ -56,7 +56,7 @@ export function closeDrawers() {
   }
 }
 
-function theme() {
+export function theme() {
   const dark = byId("dark");
   const system = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (dark.media === "all" ? true : dark.media === "not all" ? false : system.matches);

@@ -8,6 +8,7 @@ const slider = byId("slider");
 const { temperature } = form.elements;
 let model = null;
 
+const name = () => model.of ?? model.name; // checkpoints share those of their run
 const kind = () => (model.chat ? "chat" : "text");
 
 export function use(next) {
@@ -16,7 +17,7 @@ export function use(next) {
 }
 
 function fill() {
-  const values = settings(model.name, kind());
+  const values = settings(name(), kind());
   for (const field of form.elements) {
     if (field.type === "checkbox") field.checked = Boolean(values[field.name]);
     else if (field.name) field.value = values[field.name] ?? "";
@@ -56,11 +57,11 @@ temperature.addEventListener("input", () => {
   slider.value = temperature.value;
 });
 form.addEventListener("input", () => {
-  if (model && form.checkValidity()) keepSettings(model.name, kind(), values());
+  if (model && form.checkValidity()) keepSettings(name(), kind(), values());
 });
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("reset", (event) => {
   event.preventDefault();
-  keepSettings(model.name, kind(), {});
+  keepSettings(name(), kind(), {});
   fill();
 });

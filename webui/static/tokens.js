@@ -46,30 +46,37 @@ export function percent(logprob) {
 
 export const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +| +$/g, (s) => "·".repeat(s.length));
 
-// The tokens as elements, with the spaces between words beside them; `branch(index, text)` says another in a token's place.
-export function spans(tokens, branch) {
-  const nodes = tokens.map((token, i) => {
-    const word = token[0].replace(/^ +(?=\S)/, "");
-    const node = make("span", `token surprise-${shade(token[1])}${word.startsWith("\n") ? " breaks" : ""}`, word);
-    node.tabIndex = i === 0 ? 0 : -1;
-    node.setAttribute("role", "button");
-    node.setAttribute("aria-label", `${visible(token[0])}, ${percent(token[1])}`);
-    node.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && show(node, token, i, branch, false));
-    node.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && leave());
-    node.addEventListener("click", () => show(node, token, i, branch, true));
-    node.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" || event.key === " ") {
-        event.preventDefault();
-        show(node, token, i, branch, true);
-        card.querySelector("button")?.focus();
-      } else if (event.key === "Escape" && shown) {
-        event.preventDefault();
-        close();
-      } else arrows(event, nodes, "ArrowLeft", "ArrowRight");
-    });
-    return node;
+// Makes elements of tokens as they come, each call of those that are new, with the spaces between words beside them;
+// `branch(index, text)` says another in a token's place.
+export function painter(branch) {
+  const nodes = [];
+  return (tokens) => tokens.slice(nodes.length).flatMap((token) => {
+    const node = element(token, nodes.length, nodes, branch);
+    nodes.push(node);
+    return [token[0].slice(0, token[0].length - node.textContent.length), node];
   });
-  return nodes.flatMap((node, i) => [tokens[i][0].slice(0, tokens[i][0].length - node.textContent.length), node]);
+}
+
+function element(token, i, nodes, branch) {
+  const word = token[0].replace(/^ +(?=\S)/, "");
+  const node = make("span", `token surprise-${shade(token[1])}${word.startsWith("\n") ? " breaks" : ""}`, word);
+  node.tabIndex = i === 0 ? 0 : -1;
+  node.setAttribute("role", "button");
+  node.setAttribute("aria-label", `${visible(token[0])}, ${percent(token[1])}`);
+  node.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && show(node, token, i, branch, false));
+  node.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && leave());
+  node.addEventListener("click", () => show(node, token, i, branch, true));
+  node.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      show(node, token, i, branch, true);
+      card.querySelector("button")?.focus();
+    } else if (event.key === "Escape" && shown) {
+      event.preventDefault();
+      close();
+    } else arrows(event, nodes, "ArrowLeft", "ArrowRight");
+  });
+  return node;
 }
 
 let pinned = null; // the token whose card stays
@@ -132,4 +139,10 @@ card.addEventListener("keydown", (event) => {
 document.addEventListener("pointerdown", (event) => {
   if (shown && !card.contains(event.target) && !shown.contains(event.target)) close();
 });
-byId("scroll").addEventListener("scroll", () => shown && close(), { passive: true });
+// The card goes with its token, as long as that can be seen: a reply that is being written moves.
+byId("scroll").addEventListener("scroll", () => {
+  if (!shown) return;
+  const [at, frame] = [shown.getBoundingClientRect(), byId("scroll").getBoundingClientRect()];
+  if (shown.isConnected && at.bottom > frame.top && at.top < frame.bottom) beside(card, shown);
+  else close();
+}, { passive: true });

@@ -1,7 +1,7 @@
 // One turn of a conversation: its words, what can be done with them, and how they can be looked at.
 
 import { format } from "./markdown.js";
-import { spans } from "./tokens.js";
+import { painter } from "./tokens.js";
 import { branch } from "./tree.js";
 import { copy, iconButton, make, relabel } from "./ui.js";
 
@@ -18,26 +18,33 @@ export function turnOf(talk, node, actions) {
   element.append(make("h2", "unseen", isMine ? "You" : "Model"));
   if (node.meta.dropped) element.append(make("p", "note", outgrown(node.meta.dropped)));
   element.append(words);
-  fill(words, node, actions);
+  const add = fill(words, node, actions);
   if (actions.isWriting(node)) words.classList.add("writing");
   else {
     if (node.error) element.append(problem(node.error));
     element.append(tools(talk, node, element, actions));
   }
-  return { element, add: adder(words) };
+  return { element, add };
 }
 
+// What is said, as it is looked at; the result adds more of it while it is being written.
 function fill(words, node, actions) {
-  const chosen = node.role === "user" || actions.isWriting(node) ? "plain" : look(node, actions.isThinking());
-  const mode = actions.isPlain && chosen === "formatted" ? "plain" : chosen;
+  const mode = modeOf(node, actions);
   words.className = `words ${mode}`;
-  if (mode === "thoughts" && node.tokens?.length) {
-    words.replaceChildren(...spans(node.tokens, (i, text) => actions.branchAt(node, i, text)));
-    return;
-  }
-  words.classList.replace("thoughts", "plain");
-  words.replaceChildren(node.content);
-  if (mode !== "formatted") return;
+  words.replaceChildren();
+  const add = adder(words, node, mode === "thoughts", actions);
+  if (mode === "formatted") asMarkdown(words, node, actions);
+  return add;
+}
+
+function modeOf(node, actions) {
+  if (node.role === "user") return "plain";
+  if (actions.isWriting(node)) return actions.isThinking() ? "thoughts" : "plain";
+  const chosen = look(node, actions.isThinking());
+  return actions.isPlain && chosen === "formatted" ? "plain" : chosen;
+}
+
+function asMarkdown(words, node, actions) {
   words.classList.replace("formatted", "plain");
   format(node.content, (fragment) => {
     if (look(node, actions.isThinking()) !== "formatted") return;
@@ -46,20 +53,27 @@ function fill(words, node, actions) {
   });
 }
 
-// Puts text at the end of an element once a frame, however fast it comes.
-export function adder(words) {
-  let waiting = "";
-  let text = null;
-  return (more, then) => {
-    if (!waiting) {
-      requestAnimationFrame(() => {
-        text = text?.isConnected ? text : words.appendChild(document.createTextNode(""));
-        text.appendData(waiting);
-        waiting = "";
-        then();
-      });
-    }
-    waiting += more;
+// Shows what a turn says, and then what is added to it, once a frame, however fast it comes: as text, or as tokens
+// where these are known.
+export function adder(place, node, isThought, actions) {
+  const paint = painter((i, text) => actions.branchAt(node, i, text));
+  const text = place.appendChild(document.createTextNode(""));
+  let isWaiting = false;
+  const draw = () => {
+    if (isThought && node.tokens?.length) {
+      text.data = "";
+      place.append(...paint(node.tokens));
+    } else if (text.length < node.content.length) text.appendData(node.content.slice(text.length));
+  };
+  draw();
+  return (then) => {
+    if (isWaiting) return;
+    isWaiting = true;
+    requestAnimationFrame(() => {
+      isWaiting = false;
+      draw();
+      then();
+    });
   };
 }
 
@@ -68,7 +82,6 @@ export function problem(line) {
   note.setAttribute("role", "alert");
   return note;
 }
-
 
 const outgrown = (n) =>
   `The conversation outgrew what the model can read: its oldest ${n === 1 ? "message was" : `${n} messages were`} left out.`;
@@ -167,9 +180,11 @@ export function pairOf(talk, nodes, actions, parts) {
   return make("div", "pair", ...columns);
 }
 
+// What there is to know of a reply: who answered, at which step, how fast, and from which seed.
 export function described({ finish, meta, model }, several) {
   const ends = { stopped: "stopped", length: "cut off at the most tokens", error: "did not finish" };
   const speed = meta.tokens && meta.seconds ? `${meta.tokens} tokens, ${Math.round(meta.tokens / meta.seconds)} a second` : "";
+  const step = meta.step ? `step ${meta.step.toLocaleString("en")}` : "";
   const seed = meta.seed !== undefined ? `seed ${meta.seed}` : "";
-  return [several ? model : "", meta.edited ? "edited" : ends[finish], speed, seed].filter(Boolean).join(" · ");
+  return [several ? model : "", meta.edited ? "edited" : ends[finish], step, speed, seed].filter(Boolean).join(" · ");
 }

@@ -75,8 +75,8 @@ function elementOf(talk, node, shown, actions) {
 }
 
 // More of a reply that is being written; nothing where it is not shown.
-export function more(node, text) {
-  parts.get(node.id)?.add(text, follow);
+export function more(node) {
+  parts.get(node.id)?.add(follow);
 }
 
 // A reply that ended: its tools, and Markdown where it has some.

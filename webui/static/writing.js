@@ -12,7 +12,7 @@ export const isWriting = (node) => running.has(node.id);
 export const isBusy = (talk) => [...running.values()].some((r) => r.talk === talk);
 export const stop = (talk) => running.forEach((r) => r.talk === talk && r.stop.abort());
 
-// Writes into `node` until the reply ends, breaks off or is stopped; what there is stays. `more` hears of each text.
+// Writes into `node` until the reply ends, breaks off or is stopped; what there is stays. `more` hears that there is some.
 export async function write(talk, node, { path, body }, more) {
   const ends = new AbortController();
   running.set(node.id, { talk, stop: ends });
@@ -26,7 +26,6 @@ export async function write(talk, node, { path, body }, more) {
     if (error.status === 401) node.error = NEEDS_KEY;
   }
   node.finish ||= "stop";
-  if (state.thoughts.tokens.length) node.tokens = state.thoughts.tokens;
   running.delete(node.id);
   return keep(talk);
 }
@@ -41,10 +40,13 @@ function take(part, talk, node, state, more) {
     Object.assign(node.meta, { seed: part.start.seed, step: part.start.step });
     if (part.start.dropped) node.meta.dropped = part.start.dropped;
   }
-  if (part.tokens) state.thoughts.take(part.tokens);
+  if (part.tokens) {
+    state.thoughts.take(part.tokens);
+    node.tokens = state.thoughts.tokens;
+  }
   if (part.text) {
     node.content += part.text;
-    more(part.text);
+    more();
   }
   if (part.finish) node.finish = part.finish;
   if (part.usage) {
