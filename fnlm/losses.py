@@ -124,7 +124,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         """`shares` sum to 1 (or are all 0): the loss is their weighted sum."""
         ctx.save_for_backward(rows, weight, targets, shares)
         ctx.cfg, ctx.chunks = cfg, chunks
-        loss, *ctx.ready = _loss_and_grads(rows, weight, targets, shares, cfg, chunks)
+        loss, *ctx.ready = _loss_and_grads(rows, weight, targets, shares, cfg, chunks, ctx.needs_input_grad[1])
         return loss
 
     @staticmethod
@@ -134,18 +134,19 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ready, ctx.ready = ctx.ready, None
         rows, weight, targets, shares = ctx.saved_tensors
         if ready is None:
-            ready = _loss_and_grads(rows, weight, targets, shares, ctx.cfg, ctx.chunks)[1:]
+            wanted = ctx.needs_input_grad[1]
+            ready = _loss_and_grads(rows, weight, targets, shares, ctx.cfg, ctx.chunks, wanted)[1:]
         d_rows, d_weight, boost = ready
         factor = g / boost
         if factor.device.type != "cpu" or factor != 1:  # on a CPU looking is free, and a pass over d_weight is not
-            d_rows, d_weight = d_rows.mul_(factor), d_weight.mul_(factor)
-        return d_rows, d_weight.to(weight.dtype), None, None, None, None
+            d_rows, d_weight = d_rows.mul_(factor), None if d_weight is None else d_weight.mul_(factor)
+        return d_rows, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
 def _loss_and_grads(
-    rows: Tensor, weight: Tensor, targets: Tensor, shares: Tensor, cfg: ModelConfig, chunks: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the gradients of rows and weight times `boost`.
+    rows: Tensor, weight: Tensor, targets: Tensor, shares: Tensor, cfg: ModelConfig, chunks: int | None, both: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The loss, and the gradients of rows and, where `both` are wanted, weight times `boost`.
 
     In float16 a share of 1e-6 would underflow before any loss scale met it: there boost makes the largest share 1, and
     the sum over rows is kept in float32.
@@ -155,13 +156,16 @@ def _loss_and_grads(
     boost = torch.where(top > 0, 1 / top, 1) if half else torch.ones_like(top)
     boosted = shares * boost
     loss = shares.new_zeros(())
-    d_rows, d_weight = torch.empty_like(rows), torch.empty_like(weight, dtype=torch.float32 if half else weight.dtype)
+    d_rows = torch.empty_like(rows)
+    d_weight = torch.empty_like(weight, dtype=torch.float32 if half else weight.dtype) if both else None
     step = chunk_rows(rows.shape[0], weight.shape[0] * weight.element_size(), chunks)
     for lo in range(0, rows.shape[0], step):
         part = slice(lo, lo + step)
         d_logits = rows[part] @ weight.T  # logits, until the next line puts their gradient in their place
         loss += _nll_into_grad_(d_logits, targets[part], boosted[part], cfg)
         torch.mm(d_logits, weight, out=d_rows[part])
+        if d_weight is None:
+            continue
         if half:
             d_weight.copy_(d_logits.T @ rows[part]) if lo == 0 else d_weight.add_(d_logits.T @ rows[part])
         elif lo == 0:

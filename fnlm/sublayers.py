@@ -69,11 +69,13 @@ class _Attention(torch.autograd.Function):
         d_heads, *d_qk_norms = turn.backward(d_heads)
         d_qkv = to_rows(d_heads)
         sizes = [w.shape[0] for w in (wq, wk, wv)]
-        d_w, d_b = (d_qkv.T @ h).split(sizes), (None, None, None) if bq is None else d_qkv.sum(0).split(sizes)
+        qkv_wanted, out_wanted = any(ctx.needs_input_grad[-6:-3]), ctx.needs_input_grad[-8]
+        d_w = (d_qkv.T @ h).split(sizes) if qkv_wanted else (None, None, None)
+        d_b = (None, None, None) if bq is None else d_qkv.sum(0).split(sizes)
         d_x, d_nw, d_nb = _norm_backward(d_qkv @ joined, rows, (mean, rstd), nw, nb, cfg)
         d_bo = None if bo is None else g2.sum(0)
         d_norms = (d_nw, d_nb, *_fill(qk_norms, d_qk_norms))
-        return d_x.add_(g2).view_as(x), None, None, *d_norms, g2.T @ y, d_bo, *d_w, *d_b
+        return d_x.add_(g2).view_as(x), None, None, *d_norms, g2.T @ y if out_wanted else None, d_bo, *d_w, *d_b
 
 
 class _Mlp(torch.autograd.Function):
@@ -96,10 +98,10 @@ class _Mlp(torch.autograd.Function):
         ups, biases, inner, kept = rest[:half], rest[half : 2 * half], rest[2 * half : 3 * half], rest[3 * half :]
         rows, g2 = x.flatten(0, 1), g.flatten(0, 1)
         active, d_inner = _activate_backward(cfg.mlp, g2 @ wd, inner, kept[1] if kept else None)
-        d_wd = g2.T @ active
+        d_wd = g2.T @ active if ctx.needs_input_grad[4] else None
         del active
         h = kept[0] if kept else _norm(rows, nw, nb, cfg)[0]
-        d_ups = [d.T @ h for d in d_inner]
+        d_ups = [d.T @ h if wanted else None for d, wanted in zip(d_inner, ctx.needs_input_grad[6:], strict=False)]
         d_biases = [None if b is None else d.sum(0) for b, d in zip(biases, d_inner, strict=True)]
         d_h = d_inner[0] @ ups[0]
         for d, w in zip(d_inner[1:], ups[1:], strict=True):
