@@ -1,36 +1,36 @@
-"""`fnlm eval`: the loss of models on prepared data, or how many of the demo world's questions they answer."""
+"""`fnlm eval`: how well models predict a text, and what they make of tasks; a table, and a file of results."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
 
-from cli.tables import columns
-from fnlm import data, trained
-from fnlm.data import DataError, Dataset
-from fnlm.evaluate import evaluate, window_starts
+from cli.measuring import Row, Wanted, needs_lm_eval, rows_of, tables
+from cli.results import interrupted, keep, write
+from fnlm import trained
+from fnlm.checkpoint.layout import committed
+from fnlm.data import DataError
+from fnlm.loop.signals import Stop
 from fnlm.quantize import dequantize
 from fnlm.quantize import quantize as small
 from fnlm.trained import Trained
 
-Row = dict[str, Any]
-
-SEED = 0  # of the questions; all of them, whatever the seed, are held out
-ANSWER_TOKENS = 64  # the longest answer is a sentence
-TOGETHER = 128  # questions asked at once, of about one length
-
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="MODEL...")
-@click.option("--data", "folder", metavar="FOLDER", help="Prepared data. [default: what the model was trained on]")
-@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Of the data.")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="PATH",
+    help="Prepared data, or a text file or folder; several times. [default: what the model was trained on]",
+)
+@click.option("--split", type=click.Choice(["val", "train"]), help="Of prepared data. [default: val]")
 @click.option("--seq-len", type=click.IntRange(1), metavar="N", help="Tokens in a window. [default: the model's]")
 @click.option(
     "--stride",
@@ -38,10 +38,11 @@ TOGETHER = 128  # questions asked at once, of about one length
     metavar="N",
     help="Windows overlap and begin every N tokens; each token is counted once. [default: side by side]",
 )
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="N windows, spread evenly. [default: all]")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="N windows, spread evenly, or N examples.")
 @click.option(
     "--checkpoint", default="best", show_default=True, metavar="C", help="Of a run: best, newest, or a step's number."
 )
+@click.option("--all-checkpoints", is_flag=True, help="All checkpoints of each run, a line for each.")
 @click.option("--no-ema", is_flag=True, help="The parameters themselves where the run kept their moving average.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the products."
@@ -49,45 +50,80 @@ TOGETHER = 128  # questions asked at once, of about one length
 @click.option("--quantize", is_flag=True, help="With matrices rounded to int8, as 'fnlm serve --quantize' has them.")
 @click.option("--device", metavar="D", help="cpu, cuda or cuda:N. [default: cuda where there is a GPU]")
 @click.option("--questions", type=click.IntRange(1), metavar="N", help="Ask N questions of the demo world instead.")
+@click.option("--lambada", metavar="FILE", help="Texts in LAMBADA's format: how often the last word is right.")
+@click.option("--hellaswag", metavar="FILE", help="Beginnings and endings in HellaSwag's format.")
+@click.option("--tasks", metavar="A,B", help="Tasks of lm-eval's by name (pip install 'fnlm[eval]').")
+@click.option("--task-folder", type=click.Path(path_type=Path), metavar="DIR", help="With YAML files of such tasks.")
+@click.option("--shots", type=click.IntRange(0), metavar="N", help="Examples before each question of --tasks.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The figures as JSON in a file, too.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON, with all digits.")
 def command(
     models: tuple[str, ...],
-    folder: str | None,
-    split: str,
-    seq_len: int | None,
-    stride: int | None,
-    limit: int | None,
     checkpoint: str,
+    all_checkpoints: bool,
     no_ema: bool,
-    precision: str,
     quantize: bool,
     device: str | None,
-    questions: int | None,
+    out: Path | None,
     as_json: bool,
-) -> None:
-    """Measure a model's loss on prepared data.
+    **options: Any,
+) -> int:
+    """Measure models on a text, or on tasks.
 
-    MODEL is a run or a checkpoint. The loss is the mean over every token of the split, in nats; of conversations over
-    the learnt tokens. --questions asks a chat model what no demo story and no demo chat has said, and counts right
-    answers.
+    MODEL is a run, a checkpoint, or what `fnlm import` takes. The loss is the mean over every token, in nats; of
+    conversations over the learnt tokens; and the same for each word and byte. --questions asks a chat model what no
+    demo story and no demo chat has said. Figures are also kept in evaluations.jsonl of each run. Interrupted, it says
+    what was measured until then.
     """
+    wanted = Wanted(**options)
+    check(models, wanted)
+    rows: list[Row] = []
+    with Stop(lambda line: click.echo(line, err=True), "showing what is measured so far") as stop:
+        for name, at in chosen(models, checkpoint, all_checkpoints):
+            which: Literal["newest", "best"] = "newest" if checkpoint == "newest" else "best"
+            to = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            model = trained.load(at, which, average=not no_ema, device=to)
+            if quantize:
+                model = rounded(model)
+            for row in (r for r in rows_of(name, model, wanted, stop) if r.get("tokens", 1)):
+                rows.append({"model": name, "checkpoint": str(model.path), "step": model.step, **row})
+                keep(model.path, rows[-1])
+                click.echo(f"{name}: {row['seconds']:.1f} s", err=True)
+            if stop():
+                break
+    if out:
+        write(out, rows)
+    click.echo(json.dumps({"models": rows}, indent=2) if as_json else "\n".join(tables(rows)))
+    if stop.signal is None:
+        return 0
+    click.echo(interrupted(rows, len(models)), err=True)
+    return 128 + stop.signal
+
+
+def check(models: tuple[str, ...], wanted: Wanted) -> None:
+    """Raises what is wrong with the command line, before anything is loaded."""
+    context = click.get_current_context()
     if not models:
-        raise click.UsageError("name a model, such as runs/demo", click.get_current_context())
-    if questions and folder:
-        raise click.UsageError("--questions are asked without --data", click.get_current_context())
-    rows = []
+        raise click.UsageError("name a model, such as runs/demo", context)
+    if wanted.questions and wanted.data:
+        raise click.UsageError("--questions are asked without --data", context)
+    if not wanted.tasks and (wanted.task_folder or wanted.shots is not None):
+        raise click.UsageError("--task-folder and --shots are for --tasks; name some", context)
+    if wanted.tasks:
+        needs_lm_eval()
+
+
+def chosen(models: tuple[str, ...], checkpoint: str, every: bool) -> Iterator[tuple[str, Path]]:
+    """Each model's name and what to load of it; `every`: all checkpoints of a run, the first one first."""
     for path in models:
-        at, to = checkpoint_of(path, checkpoint), device or ("cuda" if torch.cuda.is_available() else "cpu")
-        which = trained.load(at, "newest" if checkpoint == "newest" else "best", average=not no_ema, device=to)
-        if quantize:
-            which = rounded(which)
-        if questions:
-            rows.append({"model": path, "checkpoint": str(which.path), "step": which.step} | asked(which, questions))
-        else:
-            rows.append(measured(path, which, folder, split, seq_len, stride, limit, precision))
-        click.echo(f"{path}: {rows[-1]['seconds']:.1f} s", err=True)
-    lines = scores(rows) if questions else losses(rows)
-    click.echo(json.dumps({"models": rows}, indent=2) if as_json else "\n".join(lines))
+        if not every:
+            yield path, checkpoint_of(path, checkpoint)
+            continue
+        folder = Path(path) / "checkpoints"
+        found = {each.step: each.path for each in sorted(committed(folder), key=lambda each: each.what == "all")}
+        if not found:
+            raise DataError(f"{path} is no run with checkpoints; leave --all-checkpoints out")
+        yield from ((path, found[step]) for step in sorted(found))
 
 
 def rounded(model: Trained) -> Trained:
@@ -108,105 +144,3 @@ def checkpoint_of(path: str, checkpoint: str) -> Path:
     steps = sorted({int(p.name[:8]) for p in folder.glob("[0-9]*") if p.name[:8].isdecimal()})
     known = ", ".join(map(str, steps)) or "none"
     raise DataError(f"{folder} has no checkpoint of step {int(checkpoint)}; it has {known}")
-
-
-def measured(
-    name: str,
-    model: Trained,
-    folder: str | None,
-    split: str,
-    seq_len: int | None,
-    stride: int | None,
-    limit: int | None,
-    precision: Any,
-) -> Row:
-    """The figures of one model, fit for JSON."""
-    dataset = data_of(name, model, folder)
-    text = getattr(dataset, split)
-    found = evaluate(model.params, model.cfg, text, seq_len=seq_len, stride=stride, limit=limit, precision=precision)
-    seq_len = seq_len or model.cfg.seq_len
-    windows = len(window_starts(len(text.tokens), seq_len, stride or seq_len))
-    return {
-        "model": name,
-        "checkpoint": str(model.path),
-        "step": model.step,
-        "data": str(dataset.folder),
-        "split": split,
-        "counted": "all tokens" if text.mask is None else "learnt tokens",
-        "seq_len": seq_len,
-        "stride": stride or seq_len,
-        "windows": min(limit or windows, windows),
-        "of_windows": windows,
-        **found._asdict(),
-    }
-
-
-def data_of(name: str, model: Trained, folder: str | None) -> Dataset:
-    """The data to measure on. Raises DataError where there are none, or of another tokenizer than the model's."""
-    folder = folder or model.config.get("data")
-    if not folder:
-        raise DataError(f"{name} does not say what it was trained on; name the data with --data FOLDER")
-    dataset = data.open(folder)
-    if dataset.tokenizer.sha256 != model.tokenizer.sha256:
-        ours, theirs = (f"{t.kind} of {t.vocab_size:,} tokens" for t in (model.tokenizer, dataset.tokenizer))
-        raise DataError(
-            f"{folder} was made with another tokenizer ({theirs}, sha256 {dataset.tokenizer.sha256[:8]}) than {name} "
-            f"({ours}, {model.tokenizer.sha256[:8]}); prepare it with --tokenizer {model.path}"
-        )
-    return dataset
-
-
-def losses(rows: Sequence[Row]) -> list[str]:
-    """A line for each model."""
-    head = ["model", "step", "data", "loss", "perplexity", "bits/byte", "tokens", "seconds"]
-    table = [[r["model"], f"{r['step']:,}", f"{r['data']} {r['split']}", *figures(r)] for r in rows]
-    lines = columns([head, *table], (0, 2), "")
-    if any(r["counted"] == "learnt tokens" for r in rows):
-        lines.append("of conversations only the learnt tokens are counted: the answers and their ends")
-    some = {f"{r['windows']:,} of {r['of_windows']:,} windows" for r in rows if r["windows"] < r["of_windows"]}
-    return lines + [f"measured on {', '.join(sorted(some))}"] * bool(some)
-
-
-def figures(row: Row) -> list[str]:
-    """The numbers of one line."""
-    bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-    perplexity = f"{row['perplexity']:.4g}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.2e}"
-    return [f"{row['loss']:.4f}", perplexity, bits, f"{row['tokens']:,}", f"{row['seconds']:.1f}"]
-
-
-def asked(model: Trained, count: int) -> Row:
-    """The score on `count` held-out questions of the demo world, answered greedily, and the seconds it took."""
-    from fnlm import random, world
-    from fnlm.generate import complete
-    from fnlm.sampling import Settings
-
-    began, questions = time.perf_counter(), world.questions(SEED, count)
-    prompts = [data.prompt(model.tokenizer, q.messages) for q in questions]
-    settings = Settings(temperature=0.0, max_tokens=ANSWER_TOKENS)
-    answers = [""] * count
-    # Rows of about one length: a batch is as long as its longest prompt.
-    order = sorted(range(count), key=lambda i: len(prompts[i]))
-    for at in range(0, count, TOGETHER):
-        some = order[at : at + TOGETHER]
-        said = complete(
-            model.params, model.cfg, model.tokenizer, [prompts[i] for i in some], settings, random.key(0), chat=True
-        )
-        for i, answer in zip(some, said, strict=True):
-            answers[i] = answer.text
-    score = world.score(answers, questions)
-    examples = [
-        {"kind": q.kind, "question": q.messages[-1]["content"], "answer": said, "expected": q.answer}
-        for said, q in zip(answers, questions, strict=True)
-    ]
-    return {"questions": count, "score": score, "seconds": time.perf_counter() - began, "answers": examples}
-
-
-def scores(rows: Sequence[Row]) -> list[str]:
-    """A column for each model, a line for each kind of question, and all of them below."""
-    kinds = [kind for kind in rows[0]["score"] if kind != "overall"]
-    table = [
-        ["right answers", *(r["model"] for r in rows)],
-        *([kind, *(f"{100 * r['score'][kind]:.1f} %" for r in rows)] for kind in kinds),
-        [f"all {rows[0]['questions']:,}", *(f"{100 * r['score']['overall']:.1f} %" for r in rows)],
-    ]
-    return columns(table, indent="")

@@ -72,8 +72,7 @@ def evaluate(
     starts = chosen(window_starts(len(split.tokens), seq_len, stride), limit)
     device = next(iter(params.values())).device
     rows = batch_size or max(1, (BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS) // seq_len)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    params = {k: p if p.dtype == torch.float64 else p.to(dtype) for k, p in params.items()}
+    params = in_precision(params, precision)
     began, total, count, at = perf_counter(), torch.zeros((), dtype=torch.float64, device=device), 0, 0
     while at < len(starts) and not stop():
         batch = batch_of(split, starts[at : at + rows], seq_len, stride, cfg.vocab_size)
@@ -87,6 +86,12 @@ def evaluate(
     return Evaluation(
         loss, _exp(loss), bits_per_byte(loss, split), count, perf_counter() - began, complete=at >= len(starts)
     )
+
+
+def in_precision(params: Params, precision: Literal["fp32", "bf16"]) -> Params:
+    """The parameters to compute with; float64 ones stay, so that a test may be exact."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return {k: p if p.dtype == torch.float64 else p.to(dtype) for k, p in params.items()}
 
 
 def bits_per_byte(nats_per_token: float, split: Split) -> float | None:

@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from fnlm import random
 from fnlm.config import ModelConfig
 from fnlm.decode import prepare
-from fnlm.evaluation.scoring import BATCH_TOKENS, pair, rolling, score
+from fnlm.evaluation.scoring import pair, rolling, score
 from fnlm.generate import beginning, complete
 from fnlm.sampling import Settings
 from fnlm.tokenizers import Tokenizer
@@ -27,15 +27,21 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 DRAWN = ("temperature", "top_p", "top_k")
 
 
+class Interrupted(Exception):
+    """Someone asked to stop in the middle of a task."""
+
+
 class Adapter(TemplateLM):  # type: ignore[misc]
     """A model as lm-eval sees one: log-likelihoods of continuations and whole texts, and texts written on.
 
     Ids are those of our tokenizer with what it puts before a text; special tokens written in a text are text.
     """
 
-    def __init__(self, params: Params, cfg: ModelConfig, tokenizer: Tokenizer, batch_tokens: int = BATCH_TOKENS):
+    def __init__(
+        self, params: Params, cfg: ModelConfig, tokenizer: Tokenizer, stop: Callable[[], bool] = lambda: False
+    ) -> None:
         super().__init__()
-        self._params, self._cfg, self._own, self._batch_tokens = params, cfg, tokenizer, batch_tokens
+        self._params, self._cfg, self._own, self._stop = params, cfg, tokenizer, stop
 
     @property
     def eot_token_id(self) -> int:
@@ -59,15 +65,18 @@ class Adapter(TemplateLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **unused: Any) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        found = score(self._params, self._cfg, pairs, batch_tokens=self._batch_tokens)
-        return [(one.logprob, one.greedy) for one in found]
+        return [(one.logprob, one.greedy) for one in score(self._params, self._cfg, pairs, progress=self._look)]
+
+    def _look(self, done: int = 0) -> None:
+        if self._stop():
+            raise Interrupted
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, each token predicted once from up to a full context."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
         pairs = [rolling(ids, self.prefix_token_id, self._cfg.seq_len) for ids in texts]
         flat = [one for own in pairs for one in own]
-        scores = iter(score(self._params, self._cfg, flat, batch_tokens=self._batch_tokens))
+        scores = iter(score(self._params, self._cfg, flat, progress=self._look))
         return [sum(next(scores).logprob for _ in own) for own in pairs]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -84,7 +93,8 @@ class Adapter(TemplateLM):  # type: ignore[misc]
             for at in range(0, len(rows), TOGETHER):
                 some = rows[at : at + TOGETHER]
                 prompts = [ids[i][-room:] for i in some]
-                texts = complete(ready, self._cfg, self._own, prompts, settings, random.key(at))
+                texts = complete(ready, self._cfg, self._own, prompts, settings, random.key(at), cancelled=self._stop)
+                self._look()
                 for i, text in zip(some, texts, strict=True):
                     out[i] = text.text.removeprefix(" ") if self._begins_with_space else text.text
         return out
@@ -125,6 +135,8 @@ def run(
 ) -> dict[str, dict[str, Any]]:
     """The metrics of tasks by name, lm-eval's own and those of YAML files in `folder`; `done` hears of each.
 
+    Where the adapter's `stop` ends it, those of the tasks that were whole by then.
+
     ValueError for a task that is not known, or whose data cannot be had, in one line.
     """
     from lm_eval import simple_evaluate
@@ -144,6 +156,8 @@ def run(
             said = simple_evaluate(
                 model, tasks=[task], limit=limit, num_fewshot=shots, task_manager=manager, bootstrap_iters=0
             )
+        except Interrupted:
+            return found
         except (OSError, ValueError, KeyError, RuntimeError) as error:  # a hub that is not reached, data that is not
             line = str(error).strip().partition("\n")[0]
             raise ValueError(f"task {task!r} failed ({type(error).__name__}: {line})") from error

@@ -51,9 +51,8 @@ def text_of(documents: Iterable[Piece], tokenizer: Tokenizer, where: str = "the 
         for piece, own in zip(group, encoded, strict=True):
             ids += [begin, own] if piece.first else [own]
             mask += [nothing, one.repeat(len(own))] if piece.first else [one.repeat(len(own))]
-            words += len(piece.text.split()) - (inside and not piece.first and not piece.text[:1].isspace())
-            size, count = size + len(piece.text.encode("utf-8")), count + piece.first
-            inside = not piece.text[-1:].isspace() if piece.text else inside and not piece.first
+            more, inside = _begun(piece.text, inside and not piece.first)
+            words, size, count = words + more, size + len(piece.text.encode("utf-8")), count + piece.first
     if not size:
         raise DataError(f"there is no text in {where}")
     return Text(Split(np.concatenate(ids), np.concatenate(mask), count, size), words)
@@ -77,11 +76,16 @@ def words_of(split: Split, tokenizer: Tokenizer) -> int:
     decoder, words, inside = codecs.getincrementaldecoder("utf-8")("replace"), 0, False
     for at in range(0, len(split.tokens), BLOCK):
         ids = split.tokens[at : at + BLOCK].tolist()
-        text = decoder.decode(b"".join(table[i] if i < len(table) else b"" for i in ids))
-        if text:
-            words += len(text.split()) - (inside and not text[0].isspace())
-            inside = not text[-1].isspace()
+        more, inside = _begun(decoder.decode(b"".join(table[i] if i < len(table) else b"" for i in ids)), inside)
+        words += more
     return words
+
+
+def _begun(text: str, inside: bool) -> tuple[int, bool]:
+    """How many words begin in a part of a text, and whether its end is inside of one; `inside`: its beginning is."""
+    if not text:
+        return 0, inside
+    return len(text.split()) - (inside and not text[0].isspace()), not text[-1].isspace()
 
 
 class Normalised(NamedTuple):

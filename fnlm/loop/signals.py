@@ -16,12 +16,13 @@ ASKING = (signal.SIGINT, signal.SIGTERM)
 class Stop:
     """`with Stop() as stop:` notes the first SIGINT or SIGTERM in `stop.signal`; the second ends the process at once.
 
-    `stop()` says whether one came. Only the main thread can catch signals; in another one nothing is caught.
+    `stop()` says whether one came; `then` is said of what happens first. Only the main thread can catch signals; in
+    another one nothing is caught.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda line: None, then: str = "saving after this step") -> None:
         self.signal: int | None = None
-        self._say, self._before = say, dict[int, Any]()
+        self._say, self._then, self._before = say, then, dict[int, Any]()
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -40,4 +41,4 @@ class Stop:
             sys.stderr.flush()
             os._exit(128 + number)  # checkpoints are whole or not there at all
         self.signal = number
-        self._say(f"{signal.Signals(number).name}: saving after this step; once more quits at once")
+        self._say(f"{signal.Signals(number).name}: {self._then}; once more quits at once")

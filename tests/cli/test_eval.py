@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -62,6 +60,10 @@ def test_the_figures_are_those_of_evaluate() -> None:
     cfg, params, _ = checkpoint.load_params("runs/one/checkpoints/00000010")
     found = evaluate(params, cfg, data.open("data/tale").val)
     assert (row["step"], row["data"], row["split"], row["counted"]) == (10, "data/tale", "val", "all tokens")
+    words = len(Path("tale.txt").read_text()[-row["bytes"] :].split())
+    assert row["words"] in (words, words + 1)  # a word may lie across the border of the splits
+    assert row["word_perplexity"] == pytest.approx(math.exp(row["loss"] * (row["tokens"] + 1) / row["words"]))
+    assert row["byte_perplexity"] == pytest.approx(2 ** row["bits_per_byte"])
     assert {k: v for k, v in found._asdict().items() if k != "seconds"} == {
         k: row[k] for k in found._fields if k != "seconds"
     }
@@ -75,6 +77,74 @@ def test_options_reach_it() -> None:
     slid = figures("runs/one", "--stride", "4")[0]
     assert (slid["stride"], slid["tokens"]) == (4, figures("runs/one")[0]["tokens"])
     assert slid["loss"] != figures("runs/one")[0]["loss"] != figures("runs/one", "--precision", "bf16")[0]["loss"]
+
+
+def test_any_text_is_measured_and_its_words_and_bytes_are_counted(here: Path) -> None:
+    (here / "texts").mkdir()
+    (here / "texts" / "a.txt").write_text("Größe zählt, and  more.\n", encoding="utf-8")
+    (here / "texts" / "b.jsonl").write_text('{"text": "one"}\n{"text": "two words"}\n')
+    (row,) = figures("runs/one", "--data", "texts")
+    assert (row["words"], row["bytes"], row["tokens"], row["split"]) == (7, 27 + 3 + 9, 27 + 3 + 9, None)
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2))  # a byte tokenizer: each byte a token
+    one, two = figures("runs/one", "--data", "texts/a.txt", "--data", "texts/b.jsonl")
+    assert one["loss"] * 27 + two["loss"] * 12 == pytest.approx(row["loss"] * 39, rel=0.02)  # others' contexts differ
+    assert fnlm("eval", "runs/one", "--data", "texts", "--split", "train").exit_code == 2
+
+
+def test_every_checkpoint_and_a_file_of_results(here: Path) -> None:
+    run("runs/two", 7, 5)
+    rows = figures("runs/one", "runs/two", "--all-checkpoints", "--out", "out/results.json")
+    assert [(r["model"], r["step"]) for r in rows] == [("runs/one", 10), ("runs/one", 20), ("runs/two", 5)]
+    whole = json.loads((here / "out" / "results.json").read_text())
+    assert whole["models"] == rows and whole["fnlm"] and whole["torch"]
+    kept = [json.loads(line) for line in (here / "runs/one/evaluations.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in kept] == [r["loss"] for r in rows[:2]] and all("measured" in r for r in kept)
+    assert [p.name for p in (here / "out").iterdir()] == ["results.json"]
+
+
+def test_lambada_and_hellaswag_from_files(here: Path) -> None:
+    (here / "l.jsonl").write_text('{"text": "Once upon a time"}\n{"text": "there was a text."}\n')
+    row = {"activity_label": "A", "ctx_a": "Once [x] upon", "ctx_b": "a", "endings": ["b", "time there"], "label": "1"}
+    (here / "h.jsonl").write_text(json.dumps(row) + "\n")
+    both = figures("runs/one", "--lambada", "l.jsonl", "--hellaswag", "h.jsonl")
+    assert both[0]["tasks"]["lambada"]["examples"] == 2 and both[0]["tasks"]["lambada"]["perplexity"] > 1
+    assert set(both[1]["tasks"]["hellaswag"]) == {"acc", "acc_norm", "examples"}
+    run("runs/two", 7, 5)
+    lines = fnlm("eval", "runs/one", "runs/two", "--lambada", "l.jsonl", "--limit", "1").stdout.splitlines()
+    assert lines[0].split() == ["task", "metric", "runs/one", "runs/two"]
+    assert lines[-1].split() == ["lambada", "examples", "1", "1"]
+
+
+def test_interrupted_it_says_what_was_measured(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    import fnlm.evaluate as evaluating
+
+    plain, seen = evaluating.nats, []
+
+    def nats(*args: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return plain(*args)
+
+    monkeypatch.setattr(evaluating, "nats", nats)
+    monkeypatch.setattr(evaluating, "BATCH_TOKENS", 32)
+    result = fnlm("eval", "runs/one", "runs/one", "--json")
+    (row,) = json.loads(result.stdout)["models"]
+    assert (result.exit_code, row["tokens"], row["complete"]) == (130, 3 * 32, False)
+    said = "interrupted: 0 figures whole, of 1 of 2 models; runs/one: the first 96 tokens of data/tale"
+    assert result.stderr.splitlines()[-1] == said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_tasks_need_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = fnlm("eval", "runs/one", "--tasks", "hellaswag")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --tasks needs lm-eval: pip install 'fnlm[eval]'; --lambada and --hellaswag")
 
 
 def test_rounded_to_int8_it_loses_little() -> None:
@@ -95,7 +165,9 @@ def test_the_table_has_a_line_for_each_model() -> None:
     result = fnlm("eval", "runs/one", "runs/two", "--device", "cpu")
     assert result.exit_code == 0, result.stderr
     head, one, two = result.stdout.splitlines()
-    assert head.split() == ["model", "step", "data", "loss", "perplexity", "bits/byte", "tokens", "seconds"]
+    assert head.split() == [
+        "model", "step", "data", "loss", "perplexity", "ppl/word", "ppl/byte", "bits/byte", "tokens", "seconds"
+    ]  # fmt: skip
     loss = figures("runs/two")[0]["loss"]
     assert one.startswith("runs/one    10  data/tale val  ")
     assert f"{loss:.4f}" in two
@@ -166,9 +238,7 @@ def test_questions_are_asked_and_scored(monkeypatch: pytest.MonkeyPatch) -> None
             asked.append(words.split("\n")[1].removesuffix("<|im_end|>"))
         return [Said("" if known[q].kind == "colour" else known[q].answer) for q in asked[-len(prompts) :]]
 
-    generate = ModuleType("fnlm.generate")
-    generate.complete = complete  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fnlm.generate", generate)
+    monkeypatch.setattr("fnlm.generate.complete", complete)
     (row,) = figures("runs/one", "--questions", "180")
     assert sorted(asked) == sorted(q.messages[-1]["content"] for q in world.questions(0, 180))
     assert row["score"] == {kind: float(kind != "colour") for kind in world.KINDS} | {"overall": 160 / 180}
