@@ -14,11 +14,12 @@ from torch import Tensor
 from fnlm import tree
 from fnlm.sharded_optim import shard_optimizer
 from fnlm.sharding.layout import Layout
-from fnlm.sharding.specs import P, slices
+from fnlm.sharding.specs import P, Shape, slices
 from fnlm.sharding.whole import by_axis, gather_whole
 from fnlm.step import Plan, init_state
 from fnlm.types import Key, Params, TrainState, Transform, Tree
 
+Boxed = tuple[tuple[int, int], ...]
 TOGETHER = 64 << 20  # bytes of whole tensors that are gathered at once; what is not kept is dropped after each
 
 
@@ -41,6 +42,34 @@ class Elastic:
     def box(self, path: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
         """What this rank holds of a tensor of the whole state; `path` begins with `params/` or `opt_state/`."""
         return slices(shape, self.specs[path], self.layout.mesh)
+
+    def owned(self, rank: int | None = None) -> dict[str, tuple[Shape, Shape | None]]:
+        """For every tensor its whole shape, and where in it begins what a rank (None: this one) writes, or None.
+
+        Of those that hold the same part one writes it; what many hold is spread over them, by bytes.
+        """
+        mesh, tensors = self.layout.mesh, _flat(self.like)
+        shapes = {path: tuple(x.shape) for path, x in tensors.items()}
+        number = mesh.rank if rank is None else rank
+        writers = _writers(self._holders(shapes), {path: x.element_size() for path, x in tensors.items()}, mesh.world)
+        return {path: (shape, writers.get((path, number))) for path, shape in shapes.items()}
+
+    def _holders(self, shapes: dict[str, Shape]) -> dict[tuple[str, Boxed], list[int]]:
+        """Who has which part of what; of parts with nothing in them nobody."""
+        mesh, known = self.layout.mesh, dict[tuple[Shape, P, int], list[Boxed]]()
+        found: dict[tuple[str, Boxed], list[int]] = {}
+        for path, shape in shapes.items():
+            spec = self.specs[path]
+            if not spec.axes:
+                found[path, tuple((0, n) for n in shape)] = list(range(mesh.world))
+                continue
+            if (shape, spec, spec.unit) not in known:
+                known[shape, spec, spec.unit] = [
+                    tuple((s.start, s.stop) for s in slices(shape, spec, mesh, r)) for r in range(mesh.world)
+                ]
+            for holder, box in enumerate(known[shape, spec, spec.unit]):
+                found.setdefault((path, box), []).append(holder)
+        return {key: ranks for key, ranks in found.items() if all(high > low for low, high in key[1])}
 
     def cut(self, state: TrainState) -> TrainState:
         """This rank's part of a whole state: copies, made without communication."""
@@ -89,6 +118,19 @@ class Elastic:
             made = gather_whole({k: some[named[k]] for k in names}, self.layout, axis)
             found |= {named[k]: x.cpu() for k, x in made.items()} if keep else {}
         return found
+
+
+def _writers(
+    holders: dict[tuple[str, Boxed], list[int]], itemsize: dict[str, int], world: int
+) -> dict[tuple[str, int], Shape]:
+    """Where begins what a rank writes of a path: first what only one has, then the largest to whoever has least."""
+    nbytes = {(path, box): itemsize[path] * prod(high - low for low, high in box) for path, box in holders}
+    load, out = [0] * world, dict[tuple[str, int], Shape]()
+    for key in sorted(holders, key=lambda key: (len(holders[key]), -nbytes[key])):
+        writer = min(holders[key], key=load.__getitem__)
+        load[writer] += nbytes[key]
+        out[key[0], writer] = tuple(low for low, _ in key[1])
+    return out
 
 
 def _outline(shapes: dict[str, tuple[int, ...]]) -> Params:

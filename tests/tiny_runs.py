@@ -87,13 +87,11 @@ def rows(job: Job, *keys: str) -> list[dict[str, Any]]:
 
 
 def state_of(path: Path) -> dict[str, Any]:
-    """Every tensor of a checkpoint by name."""
-    from safetensors.torch import load_file
+    """Every tensor of a checkpoint by name, whole, whoever wrote it."""
+    from fnlm import checkpoint
+    from fnlm.checkpoint.pieces import Pieces
 
-    found: dict[str, Any] = {}
-    for name in ("params", "opt_state"):
-        found |= {f"{name}/{k}": v for k, v in load_file(path / f"{name}.safetensors").items()}
-    return found
+    return Pieces(path, checkpoint.describe(path)).whole()
 
 
 __all__ = ["Signal", "corpus", "fit", "fit_until", "job", "model", "rows", "state_of", "training"]

@@ -4,14 +4,17 @@
 >>> state, extra = restore(newest_good("runs/demo/checkpoints"), like=init_state(init_params(cfg, key), optimizer))
 """
 
-from fnlm.checkpoint.files import CheckpointError
-from fnlm.checkpoint.layout import best, describe, is_any, mark_best, newest_good, resolve, verify
+from fnlm.checkpoint.files import CheckpointError, SaveFailed
+from fnlm.checkpoint.layout import best, describe, is_any, mark_best, newest_good, older, resolve, verify
+from fnlm.checkpoint.part_saver import PartSaver
 from fnlm.checkpoint.read import fitted, load_params, restore
 from fnlm.checkpoint.saver import Saver
 from fnlm.checkpoint.write import save
 
 __all__ = [
     "CheckpointError",
+    "PartSaver",
+    "SaveFailed",
     "Saver",
     "best",
     "describe",
@@ -20,6 +23,7 @@ __all__ = [
     "load_params",
     "mark_best",
     "newest_good",
+    "older",
     "resolve",
     "restore",
     "save",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, is damaged, or does not fit; the message says what to do."""
 
     exit_code = 4
+
+
+class SaveFailed(CheckpointError):
+    """The disk did not take a checkpoint: it is full, or broken. What was there before stays."""
+
+    exit_code = 1
+
+
+def failed(what: Path, error: OSError) -> SaveFailed:
+    """What a file system did not do, in one line with the remedy where there is one."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "; free some space, keep fewer checkpoints, or save what='params'" if full else ""
+    return SaveFailed(f"cannot save {what}: {error.strerror or error}{remedy}")
 
 
 def sha256(parts: Iterable[memoryview]) -> str:
@@ -163,20 +177,28 @@ def _read_tensors(file: BinaryIO, size: int, digest: hashlib._Hash) -> dict[str,
     return tensors
 
 
-def read_boxes(path: Path, box: Callable[[str, tuple[int, ...]], tuple[slice, ...]], prefix: str) -> dict[str, Tensor]:
-    """A box of each tensor, asked for by its name behind the prefix, in new memory; the rest is not read or checked."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(LENGTH), "little")
-        header = json.loads(file.read(length))
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    header.pop("__metadata__", None)
-    found = {}
-    for name, entry in header.items():
+class Mapped:
+    """A safetensors file as views of its pages: what is not touched is not read, and no byte is checked.
+
+    CheckpointError where it is not there, or its header cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+                length, size = int.from_bytes(file.read(LENGTH), "little"), os.fstat(file.fileno()).st_size
+                self.header: dict[str, Any] = dict(json.loads(file.read(min(length, size))))
+                self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged or not there: {error}") from error
+        self.header.pop("__metadata__", None)
+        self._start = LENGTH + length
+
+    def view(self, name: str) -> Tensor:
+        """A tensor, not copied; it must not be written to."""
+        entry = self.header[name]
         dtype, shape, (start, end) = NAMED[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         if end == start:
-            whole = torch.empty(shape, dtype=dtype)
-        else:
-            count, at = math.prod(shape), LENGTH + length + start
-            whole = torch.frombuffer(content, dtype=dtype, count=count, offset=at).view(shape)
-        found[prefix + name] = whole[box(prefix + name, shape)].clone(memory_format=torch.contiguous_format)
-    return found
+            return torch.empty(shape, dtype=dtype)
+        count, at = math.prod(shape), self._start + start
+        return torch.frombuffer(self._content, dtype=dtype, count=count, offset=at).view(shape)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fnlm.checkpoint.files import CheckpointError, file_sha256, replace_text, sha256
+from fnlm.checkpoint.files import CheckpointError, failed, file_sha256, replace_text, sha256
 
 What = Literal["all", "params"]
-FORMAT = 1
+WHOLE, IN_PARTS = 1, 2
+"""The format of a checkpoint: tensors that are whole, and pieces that several ranks wrote."""
 COMMITTED, MANIFEST, TREE, CONFIG, TOKENIZER = (
     "COMMITTED",
     "MANIFEST.json",
@@ -22,6 +23,7 @@ COMMITTED, MANIFEST, TREE, CONFIG, TOKENIZER = (
 )
 PARAMS, FROZEN, OPT_STATE = "params.safetensors", "params.frozen.safetensors", "opt_state.safetensors"
 LATEST, BEST = "latest", "best"
+PARAMS_ALONE = ".params"
 
 _NAME = re.compile(r"(?P<step>\d{8,})(?P<params>\.params)?(?P<old>\.old)?")
 _log = logging.getLogger(__name__)
@@ -38,7 +40,12 @@ class Found(NamedTuple):
 
 def name_of(step: int, what: What) -> str:
     """The name of a checkpoint's folder. Parameters alone have one of their own: they replace no whole checkpoint."""
-    return f"{step:08d}" + (".params" if what == "params" else "")
+    return f"{step:08d}" + (PARAMS_ALONE if what == "params" else "")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint's folder is named like one with the optimizer's state."""
+    return not path.name.endswith(PARAMS_ALONE)
 
 
 def folders(folder: Path) -> list[Path]:
@@ -58,8 +65,10 @@ def manifest(path: Path) -> dict[str, Any]:
     if (path / COMMITTED).read_bytes() != f"{file_sha256(path / MANIFEST)}\n".encode():
         raise CheckpointError(f"{path} is damaged: COMMITTED does not hold the sha256 of MANIFEST.json")
     found: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if found["format"] > FORMAT:
-        raise CheckpointError(f"{path} has format {found['format']}, this fnlm reads up to {FORMAT}; use a newer fnlm")
+    if found["format"] > IN_PARTS:
+        raise CheckpointError(
+            f"{path} has format {found['format']}, this fnlm reads up to {IN_PARTS}; use a newer fnlm"
+        )
     return found
 
 
@@ -77,20 +86,25 @@ def is_any(folder: str | Path) -> bool:
     return any(is_committed(path) for path in folders(Path(folder)))
 
 
-def _problems(path: Path) -> Iterator[str]:
-    for name, entry in manifest(path)["files"].items():
+def _problems(path: Path, share: tuple[int, int]) -> Iterator[str]:
+    own, of = share
+    for number, (name, entry) in enumerate(manifest(path)["files"].items()):
         file = path / name
         if not file.is_file():
             yield f"{name} is missing"
         elif file.stat().st_size != entry["bytes"]:
             yield f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        elif file_sha256(file) != entry["sha256"]:
+        elif of and number % of == own and file_sha256(file) != entry["sha256"]:
             yield f"{name} has another sha256 than in MANIFEST.json"
 
 
-def verify(path: str | Path) -> None:
-    """Read every byte of a checkpoint and compare; CheckpointError with all that is wrong."""
-    if problems := list(_problems(Path(path))):
+def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Read every byte of a checkpoint and compare; CheckpointError with all that is wrong.
+
+    `share` (i, n): of the files every n-th, from the i-th on, so that n ranks together read each byte once; of (0, 0)
+    none is read, and their sizes compared.
+    """
+    if problems := list(_problems(Path(path), share)):
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
 
 
@@ -124,20 +138,36 @@ def committed(folder: Path, level: int = logging.DEBUG) -> list[Found]:
     return sorted(found, key=lambda f: f.order, reverse=True)
 
 
-def newest_good(folder: str | Path, what: What = "all", before: int | None = None) -> Path | None:
+def newest_good(
+    folder: str | Path, what: What = "all", before: int | None = None, share: tuple[int, int] = (0, 1)
+) -> Path | None:
     """The checkpoint committed last whose every byte is right, or None; those passed over are logged, with the reason.
 
     `what`: "all" asks for one to resume from, "params" for any with parameters. `before`: only those of earlier steps.
+    `share`: what is read of each, as in `verify`; of (0, 0) the sizes of the files only.
     """
     for found in committed(Path(folder), logging.WARNING):
         if (what == "all" and found.what == "params") or (before is not None and found.step >= before):
             continue
         try:
-            verify(found.path)
+            verify(found.path, share)
         except (CheckpointError, OSError) as error:
             _log.warning("skipped: %s", error)
         else:
             return found.path
+    return None
+
+
+def older(path: str | Path) -> Path | None:
+    """The whole checkpoint of the same folder that was committed before this one, its files all there; or None."""
+    found = [f for f in committed(Path(path).parent) if f.what == "all"]
+    order = next((f.order for f in found if f.path == Path(path)), None)
+    for earlier in (f.path for f in found if order is not None and f.order < order):
+        try:
+            verify(earlier, (0, 0))
+            return earlier
+        except (CheckpointError, OSError) as error:
+            _log.warning("skipped: %s", error)
     return None
 
 
@@ -166,4 +196,7 @@ def best(folder: str | Path) -> Path | None:
 def mark_best(path: str | Path) -> None:
     """Let `best`, beside the checkpoint, name it. CheckpointError unless it is committed."""
     manifest(Path(path))
-    replace_text(Path(path).with_name(BEST), Path(path).name)
+    try:
+        replace_text(Path(path).with_name(BEST), Path(path).name)
+    except OSError as error:
+        raise failed(Path(path).with_name(BEST), error) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,15 @@ from torch import Tensor
 
 from fnlm import tree
 from fnlm.checkpoint import layout
-from fnlm.checkpoint.files import CheckpointError, read_boxes, read_safetensors
-from fnlm.checkpoint.write import dtype_name
+from fnlm.checkpoint.files import CheckpointError
+from fnlm.checkpoint.packing import dtype_name
+from fnlm.checkpoint.pieces import Box, Pieces
 from fnlm.config import ModelConfig, did_you_mean
 from fnlm.types import Params, TrainState, Tree
 
 _AVERAGE = "/ema/average/"  # in the path of a tensor of `optim.ema_params`
 ROWS = 20  # of a table of differences
 _log = logging.getLogger(__name__)
-
-
-Box = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
-"""What is wanted of a tensor, by its path (`params/...`) and its whole shape."""
 
 
 def restore(
@@ -43,7 +39,8 @@ def restore(
     rows = _differences(about["tensors"], wanted)
     if rows and not partial:
         raise CheckpointError(_table(path, about, rows) + _remedy(about))
-    saved = _read(path, about) if part is None else _read_parts(path, about, part)
+    pieces = Pieces(path, about)
+    saved = pieces.whole() if part is None else pieces.boxes(part)
     odd = {name for _, name, _ in rows}
     flat = {k: saved[k].to(_device(t)) if k not in odd else _kept(k, t) for k, t in wanted.items()}
     both = {"params": like.params, "opt_state": like.opt_state}
@@ -66,10 +63,10 @@ def load_params(path: str | Path, average: bool = False) -> tuple[ModelConfig, P
     config = layout.read_json(path, layout.CONFIG)
     if "model" not in config:
         raise CheckpointError(f"{path / layout.CONFIG} has no 'model'; save with config={{'model': asdict(cfg), ...}}")
-    params = {k.removeprefix("params/"): v for k, v in _read(path, about, "params/").items()}
+    params = {k.removeprefix("params/"): v for k, v in Pieces(path, about, "params/").whole().items()}
     if average and any(_AVERAGE in k for k in about["tensors"]):
-        averaged = {k.split(_AVERAGE)[1]: v for k, v in _read(path, about).items() if _AVERAGE in k}
-        params = {k: averaged[k].to(p.dtype) for k, p in params.items()}
+        averaged = {k.split(_AVERAGE)[1]: v for k, v in Pieces(path, about).whole().items() if _AVERAGE in k}
+        params = {k: averaged[k].to(p.dtype) if k in averaged else p for k, p in params.items()}
     return model_config(config["model"]), params, about["extra"]
 
 
@@ -97,29 +94,6 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
             raise CheckpointError(f"config.json: ModelConfig has no field {name!r}{did_you_mean(name, names)}")
     lists: dict[str, Any] = {"ngrams": tuple(map(tuple, values["ngrams"]))} if "ngrams" in values else {}
     return ModelConfig(**{**values, **lists})
-
-
-def _read(path: Path, about: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The tensors below a prefix by path, in the order of tree.json."""
-    files = layout.manifest(path)["files"]
-    found: dict[str, Tensor] = {}
-    for name in (layout.PARAMS, layout.FROZEN, layout.OPT_STATE):
-        if name in files and (name != layout.OPT_STATE or not prefix):
-            if not (path / name).is_file():
-                raise CheckpointError(f"{path} has no {name}")
-            tensors = read_safetensors(path / name, files[name]["sha256"])
-            found |= tensors if name == layout.OPT_STATE else {f"params/{k}": v for k, v in tensors.items()}
-    return {k: found[k] for k in about["tensors"] if k.startswith(prefix)}
-
-
-def _read_parts(path: Path, about: dict[str, Any], part: Box) -> dict[str, Tensor]:
-    """As `_read`, of each tensor only a box."""
-    files = layout.manifest(path)["files"]
-    found: dict[str, Tensor] = {}
-    for name in (layout.PARAMS, layout.FROZEN, layout.OPT_STATE):
-        if name in files:
-            found |= read_boxes(path / name, part, "" if name == layout.OPT_STATE else "params/")
-    return {k: found[k] for k in about["tensors"]}
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Tensor]) -> list[tuple[str, str, str]]:

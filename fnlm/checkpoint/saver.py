@@ -8,14 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fnlm import tree
 from fnlm.checkpoint import layout
-from fnlm.checkpoint.files import CheckpointError, remove
+from fnlm.checkpoint.files import CheckpointError, failed, remove
+from fnlm.checkpoint.host import HostMemory
 from fnlm.checkpoint.layout import What
-from fnlm.checkpoint.write import Packed, commit, pack
+from fnlm.checkpoint.packing import Packed, pack
+from fnlm.checkpoint.write import commit
 from fnlm.types import NameMask, TrainState
 
 
@@ -45,7 +44,7 @@ class Saver:
         self.folder, self.keep, self.keep_every, self.link = Path(folder), keep, keep_every, link
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: list[Future[None]] = []
-        self._host: dict[str, Tensor] = {}
+        self._host = HostMemory()
 
     def save(
         self,
@@ -99,25 +98,19 @@ class Saver:
         prune(self.folder, self.keep, self.keep_every)
 
     def _copied(self, state: TrainState, what: What) -> TrainState:
-        """The state in the host memory of the last save, which is faster to write to than new memory."""
-        flat = tree.flatten(state if what == "all" else state._replace(opt_state=None))
-        for path, tensor in flat.items():
-            own = self._host.get(path)
-            if own is None or (own.shape, own.dtype) != (tensor.shape, tensor.dtype):
-                own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._host[path] = own
-            own.copy_(tensor.detach(), non_blocking=True)
-        if any(t.is_cuda for t in flat.values()):
-            torch.cuda.synchronize()
+        """The state in the host's memory."""
         like = state if what == "all" else state._replace(opt_state=None)
-        copied: TrainState = tree.unflatten({path: self._host[path] for path in flat}, like)
+        copied: TrainState = tree.unflatten(self._host.copied(tree.flatten(like)), like)
         return copied
 
 
 def prune(folder: Path, keep: int, keep_every: int | None = None) -> None:
-    """Remove the committed whole checkpoints that no rule of `Saver` keeps."""
+    """Remove the committed whole checkpoints that no rule of `Saver` keeps. SaveFailed where the disk refuses."""
     whole = [found for found in layout.committed(folder) if found.what == "all"]
     best = layout.best(folder)
-    for found in whole[keep:]:
-        if found.path != best and not (keep_every and found.step % keep_every == 0):
-            remove(found.path, layout.COMMITTED)
+    try:
+        for found in whole[keep:]:
+            if found.path != best and not (keep_every and found.step % keep_every == 0):
+                remove(found.path, layout.COMMITTED)
+    except OSError as error:
+        raise failed(folder, error) from error

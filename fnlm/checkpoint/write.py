@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import math
 import os
 import shutil
-from dataclasses import asdict, is_dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
-
-from fnlm import tree
 from fnlm.checkpoint import layout
 from fnlm.checkpoint.files import (
     CheckpointError,
     Parts,
+    SaveFailed,
+    failed,
     file_sha256,
     remove,
     replace_text,
-    safetensors,
     sha256,
     sync_folder,
     write_file,
 )
 from fnlm.checkpoint.layout import What
+from fnlm.checkpoint.packing import Packed, as_json, pack
 from fnlm.types import NameMask, TrainState
 
 LINK_ABOVE = 1 << 20  # a smaller file is written again: a linked one shares its damage with the earlier checkpoint
 SLACK = 1 << 20  # bytes for the folder and for rounding up to blocks
 TEMPORARY = ".tmp"
-
-
-class Packed(NamedTuple):
-    """A checkpoint before it is written: the contents of each file, as they will be."""
-
-    step: int
-    what: What
-    files: dict[str, Parts]
 
 
 def save(
@@ -65,98 +53,30 @@ def save(
     return commit(Path(folder), packed, link)
 
 
-def pack(
-    state: TrainState,
-    config: dict[str, Any],
-    tokenizer: Path | None = None,
-    extra: dict[str, Any] | None = None,
-    what: What = "all",
-    frozen: NameMask | None = None,
-) -> Packed:
-    """The files of a checkpoint; tensors on the CPU are not copied, so they must stay as they are until `commit`."""
-    if what not in ("all", "params"):
-        raise CheckpointError(f"what={what!r} is unknown; choose 'all' or 'params'")
-    resting = {name for name in state.params if frozen is not None and frozen(name)}
-    groups = {layout.PARAMS: {k: v for k, v in state.params.items() if k not in resting}}
-    if resting:
-        groups[layout.FROZEN] = {k: v for k, v in state.params.items() if k in resting}
-    if what == "all":
-        groups[layout.OPT_STATE] = _flat({"opt_state": state.opt_state})
-    named = {"params": state.params, **({"opt_state": state.opt_state} if what == "all" else {})}
-    about = {
-        "format": layout.FORMAT,
-        "what": what,
-        "step": int(state.step),
-        "key": state.key.tolist(),
-        "extra": extra or {},
-        "tensors": {k: {"shape": list(t.shape), "dtype": dtype_name(t)} for k, t in tree.leaves(named)},
-    }
-    files = {name: safetensors(tensors) for name, tensors in groups.items()}
-    files |= {layout.TREE: _json(about, "extra"), layout.CONFIG: _json(config, "config")}
-    if tokenizer is not None:
-        files[layout.TOKENIZER] = [memoryview(Path(tokenizer).read_bytes())]
-    return Packed(int(state.step), what, files)
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """`float32`, as tree.json writes it."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _flat(named: dict[str, Any]) -> dict[str, Tensor]:
-    pairs = list(tree.leaves(named))
-    if len(flat := dict(pairs)) < len(pairs):
-        raise CheckpointError("two tensors of the state have the same path; choose keys without '/'")
-    return flat
-
-
-def _json(value: Any, name: str) -> Parts:
-    text = json.dumps(_plain(value, name), ensure_ascii=False, allow_nan=False, indent=1)
-    return [memoryview(f"{text}\n".encode())]
-
-
-def _plain(value: Any, at: str) -> Any:
-    """What JSON can hold."""
-    if isinstance(value, Tensor) and value.ndim == 0:
-        value = value.item()
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {str(k): _plain(v, f"{at}.{k}") for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, f"{at}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    raise CheckpointError(f"{at} is a {type(value).__name__}, which JSON cannot hold; make it a number or a string")
-
-
 def commit(folder: Path, packed: Packed, link: bool = True) -> Path:
     """Write a packed checkpoint; see `save`."""
     final = folder / layout.name_of(packed.step, packed.what)
-    try:
-        _make(folder)
+    with explained(final):
+        make(folder)
         tidy(folder)
         temporary = _write_temporary(folder, final, packed, link)
-        _put_in_place(temporary, final)
-        if packed.what == "all":
-            replace_text(folder / layout.LATEST, final.name)
-        tidy(folder)
-    except OSError as error:
-        with contextlib.suppress(
-            OSError
-        ):  # give the space back; what cannot be removed now is removed by the next save
-            tidy(folder)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "; free some space, keep fewer checkpoints, or save what='params'" if full else ""
-        raise CheckpointError(f"cannot save {final}: {error.strerror or error}{remedy}") from error
+        put_in_place(temporary, final)
     return final
 
 
-def _make(folder: Path) -> None:
+@contextlib.contextmanager
+def explained(final: Path) -> Iterator[None]:
+    """Raises SaveFailed for an OSError while a checkpoint is made, and gives back the space it took."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        with contextlib.suppress(OSError):  # what cannot be removed now is removed by the next save
+            tidy(final.parent)
+        raise failed(final, error) if isinstance(error, OSError) else error from error
+
+
+def make(folder: Path) -> None:
+    """Make a folder and those above it, and wait until the disk has them."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     if missing:
         os.makedirs(folder, exist_ok=True)
@@ -194,21 +114,34 @@ def _take_back(old: Path, final: Path) -> None:
 
 def _write_temporary(folder: Path, final: Path, packed: Packed, link: bool) -> Path:
     found = layout.committed(folder)
-    files: dict[str, Any] = {
-        k: {"bytes": sum(map(len, parts)), "sha256": sha256(parts)} for k, parts in packed.files.items()
-    }
-    order = max((f.order for f in found), default=0) + 1
-    about = {"format": layout.FORMAT, "order": order, "step": packed.step, "what": packed.what, "files": files}
+    files = {name: entry_of(parts) for name, parts in packed.files.items()}
     sources = _equal_files(found[0].path, files) if link and found else {}
-    _check_space(folder, sum(e["bytes"] for k, e in files.items() if k not in sources))
-    temporary = folder / f".{final.name}{TEMPORARY}"
+    require_space(folder, sum(e["bytes"] for k, e in files.items() if k not in sources))
+    temporary = temporary_of(final)
     os.mkdir(temporary)
     for name, parts in packed.files.items():
         if not (name in sources and _linked(sources[name], temporary / name)):
             write_file(temporary / name, parts)
-    write_file(temporary / layout.MANIFEST, _json(about, "manifest"))
-    sync_folder(temporary)
+    write_manifest(temporary, packed.step, packed.what, files, layout.WHOLE)
     return temporary
+
+
+def temporary_of(final: Path) -> Path:
+    """Where a checkpoint lies until it is whole."""
+    return final.with_name(f".{final.name}{TEMPORARY}")
+
+
+def entry_of(parts: Parts) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"bytes": sum(map(len, parts)), "sha256": sha256(parts)}
+
+
+def write_manifest(temporary: Path, step: int, what: What, files: dict[str, Any], form: int) -> None:
+    """MANIFEST.json of the files of a temporary folder, which is then on the disk."""
+    order = max((f.order for f in layout.committed(temporary.parent)), default=0) + 1
+    about = {"format": form, "order": order, "step": step, "what": what, "files": files}
+    write_file(temporary / layout.MANIFEST, as_json(about, "manifest"))
+    sync_folder(temporary)
 
 
 def _equal_files(earlier: Path, files: dict[str, Any]) -> dict[str, Path]:
@@ -227,18 +160,23 @@ def _linked(source: Path, target: Path) -> bool:
     return True
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int) -> None:
+    """Raises SaveFailed where so many bytes do not fit on the disk."""
     free, needed = shutil.disk_usage(folder).free, needed + SLACK
     if free < needed:
-        raise CheckpointError(
+        raise SaveFailed(
             f"{folder} has {free / 2**20:,.0f} MiB of free disk, a checkpoint takes {needed / 2**20:,.0f} MiB; "
             "free some space, keep fewer checkpoints, or save what='params'"
         )
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Commit what lies in a temporary folder, let `latest` name it, and take away what it replaces."""
     if final.exists():
         os.rename(final, final.with_name(f"{final.name}.old"))
     os.rename(temporary, final)
     replace_text(final / layout.COMMITTED, file_sha256(final / layout.MANIFEST))
     sync_folder(final.parent)
+    if layout.is_whole(final):
+        replace_text(final.with_name(layout.LATEST), final.name)
+    tidy(final.parent)

@@ -25,7 +25,8 @@ class Job:
     """All that a run is made of. `config` goes into each checkpoint as config.json.
 
     `params`: start from these instead of anew. `resume`: a checkpoint with the whole state, of this run or of another
-    with the same model and optimizer; `partial`: or another one, of which only what fits is taken.
+    with the same model and optimizer; `partial`: or another one, of which only what fits is taken. `or_older`: where
+    several ranks find `resume` damaged, they take the one before it (one process looks before it starts).
     """
 
     cfg: ModelConfig
@@ -38,6 +39,7 @@ class Job:
     params: Params | None = None
     resume: Path | None = None
     partial: bool = False
+    or_older: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from fnlm.checkpoint import Saver
 from fnlm.environment import environment, memory_available
 from fnlm.loop import folder as files
 from fnlm.loop import memory
 from fnlm.loop.job import Begin, Job, Outcome, parted
+from fnlm.loop.rank import Together
 from fnlm.loop.session import Session
 from fnlm.loop.signals import Stop
-from fnlm.loop.team import Alone, CommonSaver, SubsetSaver, Together
+from fnlm.loop.team import Alone
 from fnlm.sharding import Mesh
 from fnlm.track import JsonLines, Many, Progress, Tracker
 
@@ -34,26 +34,19 @@ def fit(job: Job, trackers: Tracker, progress: Progress, mesh: Mesh | None = Non
         if job.resume is not None:
             JsonLines.truncate(metrics, int(begin.state.step))
         log = Many([JsonLines(metrics), trackers])
-    saver = Saver(job.folder / files.CHECKPOINTS, job.run.keep, job.run.keep_every)
+    team.share(job.folder / files.CONFIG)
+    saver = team.saver()
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(Stop(progress.say))
         stack.enter_context(saver)
-        common = saver_of(team, saver)
         try:
-            return Session(team, begin, common, stop, Many([log, progress]), progress).run()
+            return Session(team, begin, team.saved_by(saver), stop, Many([log, progress]), progress).run()
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
             raise memory.DoesNotFit(memory.advice(job.cfg, job.train, memory_available())) from error
         finally:
             log.close()
-
-
-def saver_of(team: Alone, saver: Saver) -> Saver | CommonSaver | SubsetSaver:
-    """What a team saves with."""
-    if isinstance(team, Together):
-        return CommonSaver(team, saver)
-    return saver if team.subset.is_all else SubsetSaver(team, saver)
 
 
 def start(job: Job) -> Begin:

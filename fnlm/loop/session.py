@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fnlm import checkpoint, data, random, tokenizers
-from fnlm.checkpoint import CheckpointError, Saver
+from fnlm.checkpoint import CheckpointError, PartSaver, Saver
 from fnlm.checkpoint.layout import What
 from fnlm.data import Sizes
 from fnlm.evaluate import Evaluation
@@ -28,7 +28,7 @@ from fnlm.loop.job import Begin, Outcome, Reason, averaged, keys_of
 from fnlm.loop.ledger import Ledger
 from fnlm.loop.samples import PARTED, Sampler
 from fnlm.loop.signals import Stop
-from fnlm.loop.team import Alone, CommonSaver, SubsetSaver
+from fnlm.loop.team import Alone, SubsetSaver
 from fnlm.track import JsonLines, Progress, Tracker
 from fnlm.types import Batch, Params, TrainState
 
@@ -54,7 +54,7 @@ class Session:
         self,
         team: Alone,
         begin: Begin,
-        saver: Saver | CommonSaver | SubsetSaver,
+        saver: Saver | PartSaver | SubsetSaver,
         stop: Stop,
         tracker: Tracker,
         progress: Progress,

@@ -15,6 +15,7 @@ import torch
 from fnlm import checkpoint, optim, random, tree
 from fnlm.checkpoint import write
 from fnlm.types import TrainState
+from tests.checkpoint.by_ranks import save_by_ranks
 from tests.checkpoint.disk import FAULTS, Disk, Fault, Killed
 
 CONFIG = {"model": {"vocab_size": 5}}
@@ -59,6 +60,9 @@ SAVES: dict[str, Callable[[Path], object]] = {
     "keep=1": save_keeping_one,
     "same step": save_replacing,
     "linked": save_linking,
+    "by ranks": lambda folder: save_by_ranks(
+        folder, state_at(BEFORE + 1), config=CONFIG, tokenizer=folder.parent / "tokenizer.json"
+    ),
 }
 
 

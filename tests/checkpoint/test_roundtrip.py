@@ -237,8 +237,8 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
 def test_a_format_of_the_future(adam: tuple[Path, TrainState]) -> None:
     path, state = adam
     manifest = json.loads((path / "MANIFEST.json").read_text())
-    (path / "MANIFEST.json").write_text(json.dumps({**manifest, "format": 2}))
+    (path / "MANIFEST.json").write_text(json.dumps({**manifest, "format": 3}))
     digest = checkpoint.files.file_sha256(path / "MANIFEST.json")
     (path / "COMMITTED").write_text(digest + "\n")
-    with pytest.raises(CheckpointError, match="has format 2, this fnlm reads up to 1"):
+    with pytest.raises(CheckpointError, match="has format 3, this fnlm reads up to 2"):
         checkpoint.restore(path, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from fnlm import checkpoint, loop
-from fnlm.checkpoint import CheckpointError, Saver
+from fnlm.checkpoint import CheckpointError, SaveFailed, part_saver
 from fnlm.data import Dataset
 from fnlm.loop import Job, Outcome, session
 from fnlm.params import shapes
@@ -180,17 +181,79 @@ def test_rollback_on_all_ranks(dataset: Dataset, tmp_path: Path, monkeypatch: py
 def test_a_disk_that_stays_full_ends_all_ranks(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*unused: Any, **also: Any) -> None:
-        raise CheckpointError("no space left")
+    """Of one rank: what it could not write is told by rank 0, and there is no checkpoint without it."""
+    real = part_saver.write_part
 
-    monkeypatch.setattr(Saver, "save", full)
-    with pytest.raises(CheckpointError, match="no space left"):
-        together(tiny.job(dataset, tmp_path, training(), save_every=1), "zero3", "data=3")
+    def full(temporary: Path, part: Any) -> None:
+        if part.rank == 2:
+            raise SaveFailed("no space left")
+        real(temporary, part)
+
+    monkeypatch.setattr(part_saver, "write_part", full)
+    job = tiny.job(dataset, tmp_path, training(), save_every=1)
+    with pytest.raises(CheckpointError, match="no space left") as error:
+        together(job, "zero3", "data=3")
+    assert getattr(error.value, "exit_code", None) == 1
+    told = [row["message"] for row in tiny.rows(job, "event") if row["event"] == "save failed"]
+    assert len(told) == 2
+    assert all("rank 2: no space left" in line for line in told)
+    assert checkpoint.newest_good(job.folder / "checkpoints") is None
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_costs_one_save(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = part_saver.write_part, []
+
+    def full(temporary: Path, part: Any) -> None:
+        if part.rank == 1 and not failed:
+            failed.append(temporary)
+            raise SaveFailed("no space left")
+        real(temporary, part)
+
+    monkeypatch.setattr(part_saver, "write_part", full)
+    job = tiny.job(dataset, tmp_path, training(steps=6), save_every=2, eval_every=0)
+    assert together(job, "zero3", "data=2").reason == "finished"
+    assert [p.name for p in sorted((job.folder / "checkpoints").glob("*"))] == [
+        "00000004",
+        "00000006",
+        "best",
+        "latest",
+    ]
+    assert not failed[0].exists()
+
+
+def test_ranks_pass_over_a_damaged_checkpoint_together(dataset: Dataset, tmp_path: Path) -> None:
+    """Each reads its share of the bytes; what one finds, all know."""
+    job = tiny.job(dataset, tmp_path, training(steps=8), save_every=4, eval_every=0)
+    together(job, "zero3", "data=4")
+    newest = job.folder / "checkpoints" / "00000008"
+    file = newest / "opt_state-00003-of-00004.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"00000008 is damaged: opt_state-00003.* has another sha256"):
+        together(replace(job, resume=newest), "zero3", "data=3")
+    outcome = together(replace(job, resume=newest, or_older=True), "zero3", "data=3")
+    assert outcome.step == 8
+    assert tiny.rows(job, "event")[-2]["message"].endswith("resumed from " + str(newest.with_name("00000004")))
+
+
+def test_ranks_that_do_not_share_a_folder_are_told(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.is_file
+
+    def blind(self: Path, **how: Any) -> bool:
+        return real(self, **how) and not (threading.current_thread().name == "rank 1" and self.name == "config.json")
+
+    monkeypatch.setattr(Path, "is_file", blind)
+    with pytest.raises(ValueError, match=r"rank 1 does not see .*config\.json, .* system that all ranks share"):
+        together(tiny.job(dataset, tmp_path, training()), "zero3", "data=2")
 
 
 def test_a_rank_that_fails_ends_the_others(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     pieces = session.pieces
 
     def failing(*args: Any) -> Any:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fnlm
 from fnlm import checkpoint, optim, tree
+from fnlm.checkpoint import CheckpointError, PartSaver
 from fnlm.elastic import Elastic
 from fnlm.sharded import layout_of, make_sharded_step, sharded_state
-from fnlm.sharding import Mesh, parse_mesh, simulate
+from fnlm.sharding import Mesh, largest, parse_mesh, simulate
 from tests.reference import random_params
 from tests.sharding.cases import adamw, alone, batch, config
 from tests.sharding.test_parity import muon
@@ -61,13 +64,22 @@ def moved(folder: Path, how: str, mesh: str, start: Path | None, steps: range, o
         for i in steps:
             state, metrics = run.step(state, batch(run.cfg, i))
             losses.append(float(metrics["train/loss"]))
-        whole = run.elastic.whole(state, at.rank == 0)
-        assert (whole is not None) == (at.rank == 0)
-        if whole is not None:
-            checkpoint.save(folder, whole, config={})
+        with PartSaver(folder, Meeting(at), run.elastic.owned()) as saver:
+            saver.save(state, config={})
         return losses
 
     return simulate(parse_mesh(mesh), body)[0]
+
+
+class Meeting:
+    """The ranks of a mesh, as those that save together."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.rank, self.world, self.all = mesh.rank, mesh.world, mesh.axis(*mesh.shape)
+
+    def agree(self, error: CheckpointError | None) -> None:
+        assert error is None
+        largest(torch.zeros(1), self.all)
 
 
 @pytest.mark.slow
@@ -107,3 +119,39 @@ def test_a_run_that_moves_is_the_same_run(tmp_path: Path, name: str) -> None:
         at = tmp_path / f"{2 * leg + 2:08d}"
     want = [loss for loss, _ in alone(config(), optimizer, 10)[1]]
     assert max(abs(a - b) for a, b in zip(losses, want, strict=True)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("how", "mesh", "writes", "reads"),
+    [("zero3", "data=4", 1 / 4, 1 / 4), ("ddp_bucketed", "data=3", 1 / 3, 1.0),
+     ("hsdp", "replica=2,shard=3", 1 / 6, 1 / 3), ("zero2", "data=3,tensor=2", 1 / 6, 1 / 6)],
+)  # fmt: skip
+def test_each_writes_what_it_owns_and_reads_what_it_needs(
+    tmp_path: Path, how: str, mesh: str, writes: float, reads: float
+) -> None:
+    """All bytes of the state are written once, and not by a few; a rank reads those that it holds and no others."""
+    optimizer, sizes = adamw(), {"d_model": 16, "n_heads": 8, "vocab_size": 67}
+    moved(tmp_path, how, mesh, None, range(0), optimizer, **sizes)
+    path = tmp_path / "00000000"
+    ranks = prod(parse_mesh(mesh).values())
+    with_headers = [0] * ranks
+    for file in path.glob("*.safetensors"):
+        with_headers[int(file.name.split("-")[1])] += file.stat().st_size
+    written = [sum(_bytes(file) for file in path.glob(f"*-{rank:05d}-of-*")) for rank in range(ranks)]
+    assert all(0 < n < there < n + 30_000 for n, there in zip(written, with_headers, strict=True))
+
+    def body(at: Mesh) -> tuple[int, int]:
+        run = Run(how, at, optimizer, **sizes)
+        state, _ = checkpoint.restore(path, run.elastic.like, part=run.elastic.box)
+        return tree.nbytes(state), tree.nbytes(tensors(run.elastic.like))
+
+    read = simulate(parse_mesh(mesh), body)
+    total = read[0][1]
+    assert sum(written) == total
+    assert max(written) < 1.25 * writes * total, written
+    assert max(n for n, _ in read) < 1.25 * reads * total, read
+
+
+def _bytes(file: Path) -> int:
+    """Of the tensors of a file, without its header."""
+    return sum(tree.nbytes(x) for x in load_file(file).values())
