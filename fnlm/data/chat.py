@@ -30,7 +30,7 @@ def is_chat(file: Path) -> bool:
         return END_OF_TURN in next(iter(decoded(file))).partition("\n")[0]
     if file.suffix in (".jsonl", ".json", ".parquet"):
         row = next(iter(records(file)), ("", {}))[1]
-        return _form(row) is not None
+        return form_of(row) is not None
     return False
 
 
@@ -41,7 +41,7 @@ def conversations(files: Sequence[Path]) -> Iterator[Messages]:
             yield from _lines(file)
         else:
             for where, row in records(file):
-                yield _checked(where, row)
+                yield messages_of(where, row)
 
 
 def answered(files: Sequence[Path]) -> Iterator[Messages]:
@@ -60,18 +60,25 @@ def _lines(file: Path) -> Iterator[Messages]:
 
 
 def _turns(line: str) -> Messages:
-    turns = [turn.strip() for turn in line.split(END_OF_TURN)]
-    return [{"role": ROLES[1 + i % 2], "content": turn} for i, turn in enumerate(turn for turn in turns if turn)]
+    return _in_turn(line.split(END_OF_TURN))
 
 
-def _form(row: dict[str, Any]) -> Callable[[dict[str, Any]], list[dict[str, Any]]] | None:
-    """How to read a row: OpenAI's messages, ShareGPT's, Alpaca's, or a prompt and its completion."""
+def _in_turn(said: Sequence[str]) -> Messages:
+    """The user and the assistant in turn."""
+    turns = [turn for turn in map(str.strip, said) if turn]
+    return [{"role": ROLES[1 + i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def form_of(row: dict[str, Any]) -> Callable[[dict[str, Any]], list[dict[str, Any]]] | None:
+    """How to read a row: OpenAI's messages, ShareGPT's, Alpaca's, DailyDialog's, or a prompt and its completion."""
     if "messages" in row:
         return lambda r: list(r["messages"])
     if "conversations" in row:
         return lambda r: [{"role": _SHARE_GPT[t["from"]], "content": t["value"]} for t in r["conversations"]]
     if {"instruction", "output"} <= row.keys():
         return lambda r: _pair("\n\n".join(filter(None, (r["instruction"], r.get("input")))), r["output"])
+    if isinstance(row.get("dialog"), list):
+        return lambda r: _in_turn(r["dialog"])
     if {"prompt", "completion"} <= row.keys():
         return lambda r: _pair(r["prompt"], r["completion"])
     return None
@@ -81,14 +88,15 @@ def _pair(question: str, answer: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _checked(where: str, row: dict[str, Any]) -> Messages:
-    form = _form(row)
+def messages_of(where: str, row: dict[str, Any]) -> Messages:
+    """The conversation of a row, in whatever form. Raises DataError, which begins with `where` it stands."""
+    form = form_of(row)
     if form is None:
         wanted = "messages, conversations, instruction and output, or prompt and completion"
         raise DataError(f"{where} is no conversation: it has {', '.join(row) or 'nothing'}, not {wanted}")
     try:
         messages = [{"role": m["role"], "content": m["content"]} for m in form(row)]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where} is no conversation: {type(error).__name__} {error}") from error
     for message in messages:
         if message["role"] not in ROLES or not isinstance(message["content"], str):
@@ -116,8 +124,8 @@ def render(tokenizer: Tokenizer, batch: Sequence[Messages]) -> list[tuple[NDArra
     end, newline = tokenizer.special[IM_END], tokenizer.encode("\n")
     rendered = []
     for messages in batch:
-        ids: list[NDArray[np.uint32]] = []
-        mask: list[NDArray[np.uint8]] = []
+        ids: list[NDArray[np.uint32]] = [np.array(tokenizer.prefix, np.uint32)]
+        mask: list[NDArray[np.uint8]] = [_repeated(0, len(tokenizer.prefix))]
         for message in messages:
             head, body = roles[message["role"]], next(contents)
             ids += [np.array(head, np.uint32), body, np.array([end, *newline], np.uint32)]

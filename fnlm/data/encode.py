@@ -17,6 +17,8 @@ from fnlm.data.sources import Piece
 from fnlm.tokenizers import Tokenizer
 
 CHARACTERS, DOCUMENTS, TOKENS = 1 << 20, 1 << 13, 1 << 22
+LONG = 1 << 17
+"""Bytes: a longer document that is more than the validation's share of all text is cut."""
 T = TypeVar("T")
 
 
@@ -28,15 +30,21 @@ class Block(NamedTuple):
     mask: NDArray[np.uint8] | None
     documents: int
     bytes: int
+    items: int = 0
+    """How many of what is encoded are done with this block; 0 where another block of the same ones follows."""
 
 
 class Survey(NamedTuple):
-    """What a first reading finds; the lowest and highest hash keep both splits from being empty."""
+    """What a first reading finds; the lowest and highest hash keep both splits from being empty.
+
+    `long`: the number and the bytes of each document that is too long to go to one split as a whole.
+    """
 
     documents: int
     bytes: int
     low: int
     high: int
+    long: tuple[tuple[int, int], ...] = ()
 
 
 def hash_of(text: str) -> int:
@@ -44,19 +52,26 @@ def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
-def survey(pieces: Iterable[Piece]) -> Survey:
-    """Reads everything once, so that every fault of the files is found before the long work. DataError without text."""
-    documents = size = high = 0
+def survey(pieces: Iterable[Piece], fraction: float = 1.0) -> Survey:
+    """Reads everything once, so that every fault of the files is found before the long work. DataError without text.
+
+    Long is a document of more than LONG bytes and more than `fraction` of all: at most 1 / fraction of them.
+    """
+    documents = size = high = own = 0
     low = 1 << 64
+    long: list[tuple[int, int]] = []
     for piece in pieces:
-        size += len(piece.text.encode("utf-8"))
+        n = len(piece.text.encode("utf-8"))
+        size, own = size + n, n if piece.first else own + n
         if piece.first:
             documents += 1
             h = hash_of(piece.text)
             low, high = min(low, h), max(high, h)
+        if piece.last and own > max(LONG, fraction * size):
+            long.append((documents - 1, own))
     if size == 0:
         raise DataError("there is no text in these files")
-    return Survey(documents, size, low, high)
+    return Survey(documents, size, low, high, tuple((i, n) for i, n in long if n > fraction * size))
 
 
 def split_of(h: int, found: Survey, fraction: float) -> str:
@@ -65,12 +80,16 @@ def split_of(h: int, found: Survey, fraction: float) -> str:
 
 
 def assigned(pieces: Iterable[Piece], found: Survey, fraction: float) -> Iterator[tuple[str, Piece]]:
-    """Every piece with its split. A single document is cut: its end, `fraction` of the bytes, is val."""
+    """Every piece with its split. A single document, and a long one, is cut: its end, `fraction` of it, is val."""
     if found.documents > 1 and found.low == found.high:
         raise DataError(f"all {found.documents} documents are the same; none is left to validate with")
-    split, place = "train", 0
-    border = int(found.bytes * (1 - fraction)) if found.documents == 1 else None
+    cut = {0: found.bytes} if found.documents == 1 else dict(found.long)
+    split, place, number = "train", 0, -1
+    border: int | None = None
     for piece in pieces:
+        if piece.first:
+            number, place = number + 1, 0
+            border = int(cut[number] * (1 - fraction)) if number in cut else None
         if border is None:
             split = split_of(hash_of(piece.text), found, fraction) if piece.first else split
             yield split, piece
@@ -93,28 +112,31 @@ def _cut(data: bytes, at: int) -> tuple[str, str]:
 
 
 def text_blocks(pieces: Iterable[tuple[str, Piece]], tokenizer: Tokenizer) -> Iterator[Block]:
-    """Documents encoded, each ended by `<|endoftext|>` where the tokenizer has it."""
+    """Documents encoded, each begun with the tokenizer's prefix and ended by `<|endoftext|>` where it has them."""
+    begin = np.array(tokenizer.prefix, np.uint32)
     end = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], np.uint32)
     for group in grouped(pieces, lambda item: len(item[1].text)):
         encoded = tokenizer.encode_arrays([piece.text for _, piece in group])
-        for split in ("train", "val"):
+        splits = sorted({name for name, _ in group})
+        for split in splits:
             rows = [(p, ids) for (name, p), ids in zip(group, encoded, strict=True) if name == split]
-            if rows:
-                ids = np.concatenate([part for p, row in rows for part in (row, end[: int(p.last)])])
-                size = sum(len(p.text.encode("utf-8")) for p, _ in rows)
-                yield Block(split, ids, None, sum(p.first for p, _ in rows), size)
+            parts = [part for p, row in rows for part in (begin if p.first else begin[:0], row, end[: int(p.last)])]
+            size = sum(len(p.text.encode("utf-8")) for p, _ in rows)
+            done = len(group) if split == splits[-1] else 0
+            yield Block(split, np.concatenate(parts), None, sum(p.first for p, _ in rows), size, done)
 
 
 def chat_blocks(rows: Iterable[tuple[str, Messages]], tokenizer: Tokenizer) -> Iterator[Block]:
     """Conversations as ChatML with their masks."""
     for group in grouped(rows, lambda item: sum(len(m["content"]) for m in item[1])):
         rendered = chat.render(tokenizer, [messages for _, messages in group])
-        for split in ("train", "val"):
+        splits = sorted({name for name, _ in group})
+        for split in splits:
             here = [i for i, (name, _) in enumerate(group) if name == split]
-            if here:
-                size = sum(len(m["content"].encode("utf-8")) for i in here for m in group[i][1])
-                ids, mask = (np.concatenate([rendered[i][part] for i in here]) for part in (0, 1))
-                yield Block(split, ids, mask.astype(np.uint8), len(here), size)
+            size = sum(len(m["content"].encode("utf-8")) for i in here for m in group[i][1])
+            ids, mask = (np.concatenate([rendered[i][part] for i in here]) for part in (0, 1))
+            done = len(group) if split == splits[-1] else 0
+            yield Block(split, ids, mask.astype(np.uint8), len(here), size, done)
 
 
 def token_blocks(files: Sequence[Path], val_files: Sequence[Path], fraction: float, tok: Tokenizer) -> Iterator[Block]:

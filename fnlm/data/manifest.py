@@ -58,6 +58,8 @@ def read(folder: str | Path) -> dict[str, Any]:
     """The manifest of a folder. Raises DataError where there is none, or one of another format."""
     file = Path(folder) / FILE
     if not file.is_file():
+        if Path(folder).is_file():
+            raise DataError(f"{folder} is a file, not a prepared folder; 'fnlm prepare {folder}' makes one of it")
         state = "has no manifest.json" if Path(folder).is_dir() else "does not exist"
         raise DataError(f"{folder} {state}; make it with 'fnlm prepare PATH --out {folder}'")
     try:

@@ -13,17 +13,48 @@ from fnlm.data.manifest import DataError, sha256_of
 
 
 class Sink:
-    """Writes `NAME.bin` (or `.npy`) and, for chat, `NAME.mask`."""
+    """Writes `NAME.bin` (or `.npy`) and, for chat, `NAME.mask`.
 
-    def __init__(self, folder: Path, name: str, dtype: str, vocab_size: int, masked: bool, npy: bool = False) -> None:
+    `counts` is what `commit` returned before an interruption: what was written after it is cut off.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        dtype: str,
+        vocab_size: int,
+        masked: bool,
+        npy: bool = False,
+        counts: dict[str, int] | None = None,
+    ) -> None:
         self.name, self.vocab_size, self.npy = name, vocab_size, npy
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.file = folder / f"{name}.{'npy' if npy else 'bin'}"
         self.mask_file = folder / f"{name}.mask" if masked else None
         self.tokens = self.documents = self.bytes = self.learnt = 0
-        self._stream = self.file.open("wb")
-        self._mask_stream = self.mask_file.open("wb") if self.mask_file else None
+        self._stream = _opened(self.file)
+        self._mask_stream = _opened(self.mask_file) if self.mask_file else None
         self._header()
+        self._go_on(counts or {})
+
+    def _go_on(self, counts: dict[str, int]) -> None:
+        """The counts of a commit, and the files as they were then."""
+        for name, count in counts.items():
+            setattr(self, name, count)
+        self._stream.seek(self.tokens * self.dtype.itemsize, os.SEEK_CUR)
+        self._stream.truncate()
+        if self._mask_stream is not None:
+            self._mask_stream.seek(self.tokens)
+            self._mask_stream.truncate()
+
+    def commit(self) -> dict[str, int]:
+        """What is written, brought to disk."""
+        for stream in (self._stream, self._mask_stream):
+            if stream is not None:
+                stream.flush()
+                os.fsync(stream.fileno())
+        return {name: getattr(self, name) for name in ("tokens", "documents", "bytes", "learnt")}
 
     def _header(self) -> None:
         """An .npy header has room for any count: it is written again at the end."""
@@ -77,6 +108,10 @@ class Sink:
         if self.mask_file and self.learnt in (0, self.tokens):
             share = 100 * self.learnt // self.tokens
             raise DataError(f"{share} % of the {self.name} split would be learnt; are there assistant messages?")
+
+
+def _opened(file: Path) -> BinaryIO:
+    return file.open("r+b" if file.exists() else "w+b")
 
 
 def _finished(stream: BinaryIO) -> None:
