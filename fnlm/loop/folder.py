@@ -65,9 +65,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def resumable(folder: Path) -> Path | None:
-    """The newest good checkpoint of a run's folder with the whole state, or None."""
-    return checkpoint.newest_good(folder / CHECKPOINTS)
+def resumable(folder: Path, read: bool = True) -> Path | None:
+    """The newest good checkpoint of a run's folder with the whole state, or None; unless `read`, by sizes alone."""
+    return checkpoint.newest_good(folder / CHECKPOINTS, share=(0, 1) if read else (0, 0))
 
 
 def write(folder: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
