@@ -114,10 +114,11 @@ def named(folders: tuple[Path, ...], follow: Path | None = None) -> list[Path]:
     Raises CheckpointError for a folder that is not there, with the nearest name, RunError where there is no such run.
     """
     if follow is not None:
-        read_run(follow, follow.name)
+        if not follow.is_file():
+            read_run(follow, follow.name)
         inside = any(follow.resolve().is_relative_to(folder.resolve()) for folder in folders)
-        return [*(named(folders) if folders else []), *([] if inside else [follow])]
-    if not folders:
+        folders = folders if inside else (*folders, follow)
+    elif not folders:
         if not Path("runs").is_dir():
             raise click.UsageError("name a run, or a folder with runs; there is no ./runs", click.get_current_context())
         return [Path("runs")]

@@ -18,6 +18,7 @@ from fnlm.checkpoint import CheckpointError
 from fnlm.generate import Generation
 from fnlm.machine import route_fp32_to_onednn
 from webui.batch import ROWS, Batch
+from webui.guesses import Drafting
 from webui.jobs import Busy, Event, Failure, Job, Refused, Reply, Start, Stopped, Ticket, read
 from webui.metrics import Metrics
 from webui.models import Loaded, Models, Reader
@@ -31,13 +32,23 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Writes at most `streams` replies at once, and lets at most `waiting` more (default: as many) wait for a place."""
+    """Writes at most `streams` replies at once, and lets at most `waiting` more (default: as many) wait for a place.
 
-    def __init__(self, models: Models, streams: int = 32, waiting: int | None = None, batch: MakeBatch = Batch):
+    `draft`: how replies are speculated, each by itself.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        streams: int = 32,
+        waiting: int | None = None,
+        batch: MakeBatch = Batch,
+        draft: Drafting | None = None,
+    ):
         self.models, self.streams = models, streams
         self.most_waiting = streams if waiting is None else waiting
         self.metrics = Metrics()
-        self._make, self._threads = batch, torch.get_num_threads()
+        self._make, self._draft, self._threads = batch, draft, torch.get_num_threads()
         self._products = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
         self._tuned: bool | None = None
         self._change = threading.Condition()
@@ -108,7 +119,7 @@ class Engine:
         while self._wait():
             self._admit()
             for stage in list(self._stages):
-                if stage.replies:
+                if stage.busy:
                     self._tune(stage.small)
                     stage.step()
         for stage in self._stages:
@@ -184,13 +195,16 @@ class Engine:
     def _stage(self, model: Loaded) -> Stage:
         """Where this model's replies are written; those of models that nobody uses any more are given up."""
         found = [stage for stage in self._stages if stage.model is model]
-        idle = [s for s in self._stages if not s.replies and s.model is not model]
+        idle = [s for s in self._stages if not s.busy and s.model is not model]
         kept = [s for s in idle if self.models.holds(s.model)][-MOST_KEPT:]
-        self._stages = [s for s in self._stages if s.replies or s in kept]
+        self._stages = [s for s in self._stages if s.busy or s in kept]
         rows = min(ROWS, self.streams)
-        stage = found[0] if found else Stage(model, rows, self._make, self.metrics, self._ended)
+        stage = found[0] if found else self._new_stage(model, rows)
         self._stages = [*(s for s in self._stages if s is not stage), stage]
         return stage
+
+    def _new_stage(self, model: Loaded, rows: int) -> Stage:
+        return Stage(model, rows, self._make, self.metrics, self._ended, self._draft)
 
     def _load(self, name: str) -> None:
         """Load a model in a thread of its own, so that the replies of others go on."""

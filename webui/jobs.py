@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from fnlm.sampling import Settings
+from fnlm.tokens import SINKS
+from webui.guesses import Guess
 from webui.models import Reader
-from webui.prompts import Messages, TooLong, chat_ids, text_ids
+from webui.prompts import Messages, TooLong, chat_ids, instructions, text_ids
 from webui.writing import Writer
 
 Kind = Literal["start", "text", "end", "error"]
@@ -21,7 +23,9 @@ Kind = Literal["start", "text", "end", "error"]
 class Job:
     """What to write: after a conversation (`messages`), or after a text or ids (`prompt`), of which `truncate`
     leaves out the beginning where it is too long. `settings` are those of fnlm.sampling.Settings; `top`: how many
-    likeliest tokens to tell with each, None for no log-probabilities."""
+    likeliest tokens to tell with each, None for no log-probabilities; `scored`: of the prompt's own tokens too, before
+    those that are written, `only`: instead of them. `slide`: past the context's end the text goes on from its first
+    `keep` tokens (None: the instructions and some) and its newest half."""
 
     model: str
     messages: Messages | None = None
@@ -30,6 +34,10 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     top: int | None = None
+    scored: bool = False
+    only: bool = False
+    slide: bool = False
+    keep: int | None = None
 
 
 class Start(NamedTuple):
@@ -112,9 +120,18 @@ class Reply:
     ids: list[int]
     dropped: int
     settings: Settings
+    keep: int | None = None  # None: it ends where the context does
     asked: float = field(default_factory=time.monotonic)
     begun: float = 0.0
     writer: Writer | None = None
+    guess: Guess | None = None
+
+    @property
+    def lead(self) -> int:
+        """How many of its ids stand before the text that was given."""
+        if not isinstance(self.job.prompt, str) or self.dropped:
+            return 0
+        return len(self.writer.tokenizer.prefix) if self.writer and self.job.prompt else len(self.ids)
 
     def say(self, kind: Kind, value: Any) -> None:
         self.ticket.put(Event(self.index, kind, value))
@@ -128,22 +145,38 @@ def read(job: Job, reader: Reader, ticket: Ticket, index: int) -> Reply:
             ids, dropped = text_ids(reader, job.prompt, job.truncate)
         else:
             ids, dropped = chat_ids(reader, job.messages, job.settings.get("max_tokens"))
-        return Reply(job, ticket, index, ids, dropped, within(job.settings, reader, len(ids)))
+        keep = kept(reader, job) if job.slide else None
+        return Reply(job, ticket, index, ids, dropped, within(job.settings, reader, len(ids), job.slide), keep)
+    except Refused:
+        raise
     except TooLong as error:
         raise Refused(Failure(str(error), field_name, "context_length_exceeded")) from None
     except ValueError as error:
         raise Refused(Failure(str(error), field_name)) from None
 
 
-def within(settings: dict[str, Any], reader: Reader, length: int) -> Settings:
-    """The settings, with as many tokens as the context still has room for at most. Raises Refused."""
+def kept(reader: Reader, job: Job) -> int:
+    """How many first tokens a text keeps when it slides. Raises Refused."""
+    most = reader.context - 1 - reader.context // 2
+    if job.keep is not None and job.keep > most:
+        raise Refused(
+            Failure(f"slide_keep must be at most {most}, less than half of the model's context", "slide_keep")
+        )
+    return min(most, SINKS + instructions(reader, job.messages or [])) if job.keep is None else job.keep
+
+
+def within(settings: dict[str, Any], reader: Reader, length: int, slide: bool = False) -> Settings:
+    """The settings, with as many tokens as the context still has room for at most, unless it slides. Raises Refused."""
     size, settings = reader.tokenizer.vocab_size, dict(settings)
-    most = min(settings.get("max_tokens") or reader.context, reader.context - length)
+    most = settings.get("max_tokens") or reader.context
+    if not slide:
+        most = min(most, reader.context - length)
     least = min(settings.get("min_tokens", 0), most)
     if settings.get("top_k"):
         settings["top_k"] = min(settings["top_k"], size)
-    wrong = [i for i in settings.get("logit_bias", {}) if i >= size]
-    if wrong:
-        message = f"logit_bias names token {wrong[0]}; the vocabulary has {size}"
-        raise Refused(Failure(message, "logit_bias"))
+    for name, field_name in (("logit_bias", "logit_bias"), ("stop_ids", "stop_token_ids")):
+        wrong = [i for i in settings.get(name, ()) if i >= size]
+        if wrong:
+            message = f"{field_name} names token {wrong[0]}; the vocabulary has {size}"
+            raise Refused(Failure(message, field_name))
     return Settings(**{**settings, "max_tokens": most, "min_tokens": least})

@@ -14,6 +14,8 @@ HELP = {
     "fnlm_prompt_tokens_total": "Tokens of prompts whose reply began.",
     "fnlm_prompt_tokens_reused_total": "Of these, those that a cache still held.",
     "fnlm_tokens_total": "Tokens written.",
+    "fnlm_drafted_tokens_total": "Tokens drafted, where replies are speculated.",
+    "fnlm_accepted_tokens_total": "Of these, those that the model would have said: divided by it, the acceptance rate.",
     "fnlm_step_seconds_total": "Seconds in which tokens were written; tokens divided by it is the speed.",
 }
 

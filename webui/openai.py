@@ -20,6 +20,7 @@ NUMBERS = {
     "temperature": (0.0, 100.0),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
@@ -108,13 +109,15 @@ def settings(body: Mapping[str, Any]) -> dict[str, Any]:
     found["max_tokens"] = found["max_tokens"] if longest is None else longest
     if found["temperature"] is None:
         found["temperature"] = 1.0
-    if found["top_p"] == 0:
-        raise wrong("top_p", "a number above 0 and up to 1")
+    for name in ("top_p", "typical_p"):
+        if found[name] == 0:
+            raise wrong(name, "a number above 0 and up to 1")
     if (found["top_k"] or 0) < 1:
         found["top_k"] = None
     if (found["min_tokens"] or 0) > (found["max_tokens"] or MOST_TOKENS):
         raise wrong("min_tokens", f"at most max_tokens={found['max_tokens']}")
-    return {k: v for k, v in found.items() if v is not None} | {"stop": stops(body), "logit_bias": biases(body)}
+    lists = {"stop": stops(body), "stop_ids": stop_ids(body), "logit_bias": biases(body)}
+    return {k: v for k, v in found.items() if v is not None} | lists
 
 
 def stops(body: Mapping[str, Any]) -> tuple[str, ...]:
@@ -124,6 +127,14 @@ def stops(body: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(listed, list) or len(listed) > MOST_STOPS or not all(isinstance(s, str) and s for s in listed):
         raise wrong("stop", f"a string that is not empty, or a list of at most {MOST_STOPS} of them")
     return tuple(text(s, "stop") for s in listed)
+
+
+def stop_ids(body: Mapping[str, Any]) -> tuple[int, ...]:
+    """Further ids that end a reply."""
+    value = body.get("stop_token_ids") or []
+    if not isinstance(value, list) or len(value) > MOST_STOPS or not all(_is_id(i) for i in value):
+        raise wrong("stop_token_ids", f"a list of at most {MOST_STOPS} token ids")
+    return tuple(value)
 
 
 def biases(body: Mapping[str, Any]) -> dict[int, float]:
@@ -204,6 +215,14 @@ def _shared(body: Mapping[str, Any], refused: Mapping[str, str]) -> tuple[dict[s
     return settings(body), secrets.randbits(32) if seed is None else seed, whole(body, "n", 1, MOST_CHOICES) or 1
 
 
+def sliding(body: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether a text may go on past the context's end, and how many first tokens it then keeps."""
+    slide, keep = flag(body, "slide"), whole(body, "slide_keep", 0, MOST_TOKENS)
+    if slide and "max_tokens" not in chosen:
+        raise wrong("max_tokens", "given where slide is true: such a text has no end of its own")
+    return {"slide": slide, "keep": keep}
+
+
 def chat_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> list[Job]:
     """The jobs of a /v1/chat/completions request."""
     about = model_of(body, models)
@@ -215,13 +234,16 @@ def chat_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> list[Job]
     if top is not None and not flag(body, "logprobs"):
         raise wrong("top_logprobs", "left out, or asked for together with logprobs: true")
     top = (top or 0) if flag(body, "logprobs") else None
-    return [Job(about.name, messages, settings=chosen, seed=seed + i, top=top) for i in range(n)]
+    slide = sliding(body, chosen)
+    return [Job(about.name, messages, settings=chosen, seed=seed + i, top=top, **slide) for i in range(n)]
 
 
 def completion_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> list[Job]:
     """The jobs of a /v1/completions request, prompt by prompt."""
     about = model_of(body, models)
-    prompts = prompts_of(body)
+    prompts, echo = prompts_of(body), flag(body, "echo")
+    only = echo and type(body.get("max_tokens")) is int and body["max_tokens"] == 0
+    body = {**body, "max_tokens": 1} if only else body
     chosen, seed, n = _shared(body, {"suffix": "text is only continued"})
     if len(prompts) * n > MOST_CHOICES:
         raise wrong("n", f"at most {MOST_CHOICES} for all prompts together")
@@ -231,9 +253,8 @@ def completion_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> lis
     truncate, top = flag(body, "truncate"), None
     if body.get("logprobs") is not False:  # as some clients say it
         top = whole(body, "logprobs", 0, MOST_LOGPROBS)
-    if top is not None and flag(body, "echo"):
-        raise wrong("echo", "left out where logprobs are asked for: those of a prompt are not told")
-    return [Job(about.name, None, p, truncate, chosen, seed + i, top) for p in prompts for i in range(n)]
+    more = {"scored": echo and top is not None, "only": only, **sliding(body, chosen)}
+    return [Job(about.name, None, p, truncate, chosen, seed + i, top, **more) for p in prompts for i in range(n)]
 
 
 def text_or_messages(body: Mapping[str, Any]) -> str | Messages:

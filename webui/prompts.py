@@ -63,6 +63,12 @@ def chat_ids(model: Reader, messages: Messages, reply: int | None = None) -> tup
     )
 
 
+def instructions(model: Reader, messages: Messages) -> int:
+    """How many tokens the instructions at a conversation's beginning have."""
+    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    return sum(_sizes(model, messages[:first]))
+
+
 def _refuse_hopeless(model: Reader, text: str, what: str) -> None:
     """Say that a text is too long without reading all of it, where its bytes alone show that."""
     least = _least(model, text)

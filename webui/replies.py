@@ -110,11 +110,15 @@ class Answer:
                 texts[event.job] += event.value.text
                 tokens[event.job] += event.value.tokens
         if echo:
-            texts = [
-                (job.prompt if isinstance(job.prompt, str) else "") + t for job, t in zip(self.jobs, texts, strict=True)
-            ]
+            texts = [self._prompt(job) + t for job, t in zip(self.jobs, texts, strict=True)]
         choices = [self.shape(i, t, self.ends[i], self.scores(i, tokens[i])) for i, t in enumerate(texts)]
         return {**self.frame(choices), "usage": usage(self.read, self.written), **self.ours()}
+
+    def _prompt(self, job: Job) -> str:
+        """What stands before the reply where it is repeated; with log-probabilities the engine says it."""
+        if job.scored:
+            return ""
+        return job.prompt if isinstance(job.prompt, str) else self.tokenizer.decode(job.prompt)
 
     def streamed(self, with_usage: bool = False, echo: bool = False) -> Iterator[str]:
         """The answer as server-sent events. Raises ApiError instead of yielding anything where it fails at once."""
@@ -148,7 +152,7 @@ class Answer:
             piece: Piece = event.value
             yield line(self.frame([self.shape(i, piece.text, None, self.scores(i, piece.tokens))]))
         else:
-            prompt = job.prompt if echo and isinstance(job.prompt, str) else ""
+            prompt = self._prompt(job) if echo else ""
             begin = self.shape(i, None if job.messages is not None else prompt, None, none)
             yield line({**self.frame([begin]), **self.ours()})
 

@@ -36,7 +36,7 @@ def text_choice(index: int, content: str | None, finish: str | None, logprobs: J
 def chat_logprobs(tokens: Sequence[Scored], tokenizer: Tokenizer, _: int) -> Json:
     """Of a chat reply. `id` is not OpenAI's."""
 
-    def entry(token: int, logprob: float) -> Json:
+    def entry(token: int, logprob: float | None) -> Json:
         return {"token": spelled(tokenizer, token), "bytes": list(tokenizer.table[token]), "logprob": at_least(logprob)}
 
     content = [
@@ -55,7 +55,9 @@ def text_logprobs(tokens: Sequence[Scored], tokenizer: Tokenizer, offset: int) -
     return {
         "tokens": [spelled(tokenizer, t.id) for t in tokens],
         "token_logprobs": [at_least(t.logprob) for t in tokens],
-        "top_logprobs": [{spelled(tokenizer, i): at_least(p) for i, p in t.top} for t in tokens],
+        "top_logprobs": [
+            None if t.logprob is None else {spelled(tokenizer, i): at_least(p) for i, p in t.top} for t in tokens
+        ],
         "text_offset": offsets,
         "ids": [t.id for t in tokens],
     }
@@ -70,9 +72,9 @@ def spelled(tokenizer: Tokenizer, token: int) -> str:
         return "".join(f"\\x{byte:02x}" for byte in letters)
 
 
-def at_least(logprob: float) -> float:
-    """A number that JSON can say."""
-    return max(logprob, LEAST)
+def at_least(logprob: float | None) -> float | None:
+    """A number that JSON can say; None for what has none."""
+    return None if logprob is None else max(logprob, LEAST)
 
 
 def usage(read: int, written: int) -> dict[str, int]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fnlm import random
 from fnlm.generate import Finish, Generation, Text, Token, end_ids
-from fnlm.sampling import History, Settings, choose, draws, extended, filtered, history_of, shaped
+from fnlm.sampling import History, Numbers, Settings, choose, extended, filtered, history_of, shaped
+from fnlm.speculate import Draft, decided
 from fnlm.tokenizers import StreamDecoder, Tokenizer
 
 
@@ -19,7 +20,7 @@ class Scored(NamedTuple):
     """A token with its log-probability before temperature and filters, and the likeliest ids there with theirs."""
 
     id: int
-    logprob: float
+    logprob: float | None  # None: nothing stands before it
     top: tuple[tuple[int, float], ...]
 
 
@@ -52,14 +53,19 @@ class Writer:
         self._decoder = StreamDecoder(self.tokenizer)
         self.text = Text(self.tokenizer, self.prompt, self.settings.stop)
         self.ends = end_ids(self.tokenizer).union(self.settings.stop_ids)
-        key = random.fold_in(random.key(self.seed % (1 << 64)), torch.arange(1))[0]  # as `generate` has for one row
-        self.at = draws(key, self.settings.max_tokens or 1).tolist()
+        self.key = random.fold_in(random.key(self.seed % (1 << 64)), torch.arange(1))[0]  # as `generate` has for a row
+        self._at = Numbers(self.key, self.settings.max_tokens or 1)
         if self.settings.has_penalties:
             self.history = history_of([self.prompt], self.vocab, self.device)
         s = self.settings
         bias = tuple(sorted(s.logit_bias.items()))
         penalties = (s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
         self._filters = (s.temperature, s.top_k, s.top_p, s.min_p, s.typical_p, *penalties, bias, s.forbidden)
+
+    @property
+    def at(self) -> float:
+        """The number in [0, 1) that draws the next token."""
+        return self._at[self.step]
 
     @property
     def finish(self) -> Finish | None:
@@ -129,6 +135,17 @@ def chosen(writers: Sequence[Writer], logits: Tensor) -> tuple[list[int], list[S
     return ids, _scored(writers, logits, ids)
 
 
+@torch.no_grad()
+def judged(writer: Writer, logits: Tensor, draft: Draft, i: int, accept: float) -> tuple[int, Scored | None]:
+    """The next token of one reply, of logits (V,), where a draft's i-th may stand; see `fnlm.speculate.decided`."""
+    if draft.logp is None or i >= len(draft.ids) or writer.settings.temperature == 0:
+        ids, scores = chosen([writer], logits[None])
+        return ids[0], scores[0]
+    logp = filtered(logits[None], writer.settings, writer.history, writer.banned, writer.tokenizer.vocab_size)[0]
+    token = decided(logp, draft, i, writer.at, accept)
+    return token, _scored([writer], logits[None], [token])[0]
+
+
 def _of_group(writers: Sequence[Writer], logits: Tensor) -> list[int]:
     settings, banned, size = writers[0].settings, writers[0].banned, writers[0].tokenizer.vocab_size
     pasts = [w.history for w in writers if w.history is not None]
@@ -138,7 +155,7 @@ def _of_group(writers: Sequence[Writer], logits: Tensor) -> list[int]:
         some = best.values.isfinite()
         return best.indices.where(some, torch.full_like(best.indices, logits.shape[-1])).tolist()
     logp = filtered(logits, settings, history, banned, size)
-    at = torch.tensor([w.at[w.step] for w in writers], dtype=torch.float64, device=logits.device)
+    at = torch.tensor([w.at for w in writers], dtype=torch.float64, device=logits.device)
     return choose(logp, at).tolist()
 
 
@@ -149,8 +166,11 @@ def _scored(writers: Sequence[Writer], logits: Tensor, ids: Sequence[int]) -> li
         if writer.top is None or token >= len(row):
             out.append(None)
             continue
-        logp = row.log_softmax(-1)
-        best = logp[: writer.tokenizer.vocab_size].topk(min(writer.top, writer.tokenizer.vocab_size))
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        out.append(Scored(token, float(logp[token]), top))
+        out.append(scored(row.log_softmax(-1), token, writer.top, writer.tokenizer.vocab_size))
     return out
+
+
+def scored(logp: Tensor, token: int, top: int, size: int) -> Scored:
+    """What a token was worth, and the likeliest `top` of a vocabulary of `size`, of log-probabilities (V,)."""
+    best = logp[:size].topk(min(top, size))
+    return Scored(token, float(logp[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))

@@ -20,6 +20,7 @@ from fnlm.config import did_you_mean
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
+GREATEST = 1e150
 RUNNING_S = 300  # a run that wrote this lately is going on
 
 
@@ -117,11 +118,10 @@ def _samples(folder: Path) -> Iterator[Sample]:
 
 
 def number(value: Any) -> float:
-    """A JSON value as a number; NaN for what is none, or is a whole number beyond all floats."""
-    try:
-        return float(value) if isinstance(value, (int, float)) else math.nan
-    except OverflowError:
+    """A JSON value as a number; NaN for what is none or is too great for any axis, 0 for what is too small for one."""
+    if not isinstance(value, (int, float)) or not abs(value) <= GREATEST:
         return math.nan
+    return float(value) if abs(value) >= 1 / GREATEST else 0.0
 
 
 class Facts(NamedTuple):

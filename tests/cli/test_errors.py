@@ -51,7 +51,23 @@ MISTAKES = [
     ("train demo data/tale --config none.toml", FAILURE, r"none\.toml: No such file or directory"),
     ("train demo data/tale --config broken.toml", USAGE, r"broken\.toml.*"),
     ("train demo data/tale --config latin1.yaml", USAGE, r"latin1\.yaml.*"),
-    ("train demo data/tale --config odd.yaml", USAGE, r"there is no setting 'train\.lrr'; did you mean 'lr'\?"),
+    ("train demo data/tale --config odd.yaml", USAGE, r"odd\.yaml: there is no setting 'train\.lrr'; did you mean .*"),
+    ("train demo data/tale ", USAGE, r"an empty word \(''\) names nothing; .*"),
+    ("train demo data/tale ema=2", USAGE, r"ema=2\.0 is outside \[0, 1\); choose e\.g\. 0\.999"),
+    ("train demo data/tale batch_size=4 ramp=[[2,8]]", USAGE, r"ramp has 8 sequences, more than the full step of 4; .*"),
+    # what is trained
+    ("train demo data/tale freeze=embde", USAGE, r"freeze has 'embde', which no parameter is called; .* 'embed'\?"),
+    ("train demo data/tale freeze=*", USAGE, r"freeze=\* leaves nothing to train; .*"),
+    ("train demo data/tale lr_scale=embed", USAGE, r"lr_scale has 'embed'; write PATTERN=FACTOR .*"),
+    ("train demo data/tale lr_scale=head.wieght=2", USAGE, r"lr_scale has 'head\.wieght', .*'head\.weight'\?"),
+    ("train demo data/tale layer_decay=1.5", USAGE, r"layer_decay=1\.5 must lie .*"),
+    ("train demo data/tale lora=0", USAGE, r"lora=0 must be .*"),
+    ("train demo data/tale lora=8000", USAGE, r"lora=8000 does not fit blocks\.0\.attn\.q .*"),
+    ("train demo data/tale lora=4 freeze=embed", USAGE, r"with lora all parameters are frozen .*"),
+    ("train demo data/tale lora=4 lora_targets=atn", USAGE, r"lora_targets has 'atn', .*; did you mean 'attn'\?"),
+    ("train demo data/tale lora_alpha=4", USAGE, r"lora_alpha and lora_targets are of adapters; .*"),
+    ("train demo data/tale lora=4 --simulate 2 --strategy zero1", USAGE, r"lora=4 trains part of the model, on one .*"),
+    ("train demo data/tale length=4000", USAGE, r"length=4000 is more than seq_len=.*"),
     # other people's models
     ("plan --model gtp2 --mesh data=4", USAGE, r"there is no preset 'gtp2'; did you mean 'gpt2'\?.*"),
     ("plan --model gpt2 --mesh dta=4", USAGE, r".*dta.*"),
@@ -99,6 +115,7 @@ MISTAKES = [
     *((f"{name} runs/tny", BAD, r"there is no runs/tny; did you mean 'tiny'\?") for name in ("report", *MODEL)),
     *((f"{name} runs/torn", BAD, r".*runs/torn.*") for name in ("eval", "sample", "chat")),
     *((f"{name} runs/empty", BAD, r".*runs/empty.*") for name in ("report", *MODEL)),
+    ("serve --follow runs", BAD, r"runs is no run: it has no metrics\.jsonl; name a folder such as runs/demo"),
     ("serve tale.txt", BAD, r"tale\.txt is not a folder; .*"),
     ("eval", USAGE, r"name a model, such as runs/demo; see 'fnlm eval --help'"),
     ("eval runs/tiny --checkpoint 77", BAD, r"runs/tiny/checkpoints has no checkpoint of step 77; it has .*"),
@@ -184,7 +201,7 @@ def test_a_mistake_is_one_line_and_a_code(
     words: str, code: int, says: str, workplace: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with unchanged(workplace), pytest.raises(SystemExit) as left:
-        cli.main(words.split())
+        cli.main(words.split(" "))  # two spaces, or one at the end: an empty word
     line = the_error(left.value.code, code, *capfd.readouterr())
     assert re.fullmatch(says, line), line
 

@@ -23,7 +23,8 @@ from cli import serve
 from cli.main import cli
 from fnlm import trained
 from tests.webui.tiny import save
-from webui.models import About
+from webui.follow import Runs
+from webui.models import About, Models
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +47,9 @@ def fnlm(*words: str) -> Result:
         (["emty"], 4, "there is no emty; did you mean 'empty'?"),
         (["file.txt"], 4, "file.txt is not a folder; name a run, or a folder with runs"),
         ([], 2, "name a run, or a folder with runs; there is no ./runs; see 'fnlm serve --help'"),
+        (["--follow", "empty"], 4, "empty is no run: it has no metrics.jsonl; name a folder such as runs/demo"),
+        (["--follow", "file.txt"], 4, "file.txt is not a folder; name a run, or a folder with runs"),
+        (["--follow", "emty"], 4, "there is no emty; did you mean 'empty'?"),
         (["empty", "--port", "70000"], 2, "Invalid value for '--port': 70000 is not in the range 0<=x<=65535"),
         (["empty", "--api-key", "ä b"], 2, "--api-key must be letters, digits and signs of ASCII without spaces"),
     ],
@@ -69,6 +73,34 @@ def test_a_port_in_use(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         result = fnlm(str(runs), "--port", str(port))
     assert result.exit_code == 1
     assert result.stderr == f"error: port {port} is in use; choose another with --port {port + 1}\n"
+
+
+def test_a_run_is_followed_before_it_has_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "runs" / "a b&c"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    opened: list[str] = []
+    monkeypatch.setattr(serve.webbrowser, "open", opened.append)
+    monkeypatch.setattr(serve, "run", lambda server, engine, grace: (server.close(), engine.stop()))
+    for words, name in (([], "a%20b%26c"), ([str(tmp_path / "runs")], "a%20b%26c")):
+        result = fnlm(*words, "--follow", str(folder), "--port", "0", "--open", "--api-key", "k&")
+        assert result.exit_code == 0, result.stderr
+        (line,) = result.stdout.splitlines()
+        found = re.fullmatch(r"(http://127\.0\.0\.1:\d+/run\?name=" + name + r")   Ctrl-C ends it", line)
+        assert found, line
+        assert opened.pop() == f"{found[1]}#key=k%26"
+
+
+def test_the_newest_of_the_run_that_is_followed_is_loaded_first(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / name, "text")
+        (tmp_path / name / "metrics.jsonl").touch()
+    models = Models([tmp_path])
+    about = list(models.about().values())
+    assert serve.first_of(about, Runs(models)) == "a"
+    assert serve.first_of(about, Runs(models, tmp_path / "b")) == "b@newest"
+    assert serve.first_of([], Runs(Models([tmp_path / "none"]), tmp_path / "b")) is None
+    assert serve.named((tmp_path,), tmp_path / "b") == [tmp_path]
 
 
 def test_an_address_of_another_machine(runs: Path) -> None:

@@ -2,12 +2,12 @@
 
 const EXAMPLES = {
   chat: [
-    "Lily is in the park with a red kite. The kite of Lily is red. What colour is the kite?",
+    "Mia came to the garden with a red kite. The kite is red. Mia is in the garden. What colour is the kite?",
     "Tell me a story.",
-    "Which number comes after two?",
+    "Count to seven.",
     "What can you do?",
   ],
-  text: ["Once upon a time", "Tom is in the kitchen. Tom found a red", "ROMEO:", "The little girl went to the park and saw"],
+  text: ["Once upon a time", "Rosa came to the park with a black boat.", "ROMEO:", "The little girl went to the park and saw"],
 };
 
 export const examples = (kind) => EXAMPLES[kind];

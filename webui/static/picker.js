@@ -9,7 +9,7 @@ const list = byId("picker-list");
 const MANY = 7;
 
 export const facts = (m) =>
-  [`${si(m.parameters)} parameters`, `step ${m.step.toLocaleString("en")}`, Number.isFinite(m.loss) ? `loss ${m.loss.toFixed(2)}` : ""]
+  [`${si(m.parameters)} parameters`, `step ${m.step.toLocaleString("en")}`, Number.isFinite(m.loss) ? `loss ${m.loss.toFixed(3)}` : ""]
     .filter(Boolean).join(" · ");
 
 // Resolves with the model that is chosen (`none`, if given, is a line that chooses nothing), or undefined. `without` is
@@ -31,7 +31,7 @@ export function pick(title, models, current, none, without) {
       const rows = models.flatMap((m) => {
         const own = checkpoints(m).filter((c) => c.name !== without && matches(c));
         const isOpen = own.some((c) => c.name === current?.name) || words.some((word) => word.includes("@"));
-        return [...rowsOf([m]), ...(own.length ? [folded(m, own.length, () => rowsOf(own), isOpen)] : [])];
+        return [...rowsOf([m]), ...(own.length ? [folded(m, m.checkpoints.length, () => rowsOf(own), isOpen)] : [])];
       });
       if (none && !words.length) rows.unshift(make("li", "", button(none, () => take(null), "choice")));
       list.replaceChildren(...(rows.length ? rows : [make("li", "empty", "Nothing found.")]));

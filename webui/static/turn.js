@@ -171,13 +171,19 @@ export function pairOf(talk, nodes, actions, parts) {
     const part = turnOf(talk, node, { ...actions, several: false, isPlain: talk.kind === "text" });
     parts.set(node.id, part);
     const keep = iconButton("forth", "", () => actions.prefer(node), "quiet keep");
-    keep.replaceChildren("Go on with this one");
+    keep.replaceChildren("Go on");
     relabel(keep, `Go on with the reply of ${node.model}`);
     part.element.querySelector(".branches")?.remove();
-    part.element.prepend(make("div", "whose", make("strong", "", node.model), actions.isWriting(node) ? null : keep));
+    part.element.prepend(make("div", "whose", named(node.model), actions.isWriting(node) ? null : keep));
     return part.element;
   });
   return make("div", "pair", ...columns);
+}
+
+function named(model) {
+  const name = make("strong", "", model);
+  name.title = model;
+  return name;
 }
 
 // What there is to know of a reply: who answered, at which step, how fast, and from which seed.
