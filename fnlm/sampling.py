@@ -187,6 +187,19 @@ def draws(key: Key, n: int) -> Tensor:
     return random.uniform(key, (n,), torch.float64)
 
 
+class Numbers:
+    """`draws` of one row by step, made as they are asked for; it may have `most` steps."""
+
+    def __init__(self, key: Key, most: int, ahead: int = 1024) -> None:
+        self._key, self._most, self._ahead = key, most, ahead
+        self._made: list[float] = []
+
+    def __getitem__(self, step: int) -> float:
+        if step >= len(self._made):
+            self._made = draws(self._key, min(self._most, max(self._ahead, 2 * step))).tolist()
+        return self._made[step]
+
+
 def choose(logp: Tensor, at: Tensor) -> Tensor:
     """The ids (B,) that numbers `at` (B,) in [0, 1) fall on in the distributions (B, V), by their sums in id order.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fnlm import random
 from fnlm.config import ModelConfig
 from fnlm.decode import CHUNK, Prepared, decode, init_cache, prefill
-from fnlm.sampling import Settings, choose, draws, extended, filtered, history_of
+from fnlm.sampling import Numbers, Settings, choose, extended, filtered, history_of
 from fnlm.tokens import Limits, Token, reread, slid, told
 from fnlm.types import Key
 
@@ -85,7 +85,8 @@ class _Other:
         self._settings = replace(
             settings, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, min_tokens=0
         )
-        self._at = draws(random.fold_in(key, _DRAFT), settings.max_tokens or cfg.seq_len)
+        self._most = settings.max_tokens or cfg.seq_len
+        self._at = Numbers(random.fold_in(key, _DRAFT), self._most)
         table = ready.root["embed.tokens.weight"]
         self._cache = init_cache(cfg, 1, None, table.dtype, table.device)
         self._text: list[int] = []
@@ -95,7 +96,7 @@ class _Other:
         self._read += agreeing(self._drafted[:-1], new)
         self._text += new
         self._drafted = []
-        most = min(most, self._cfg.seq_len - len(self._text), len(self._at) - step)
+        most = min(most, self._cfg.seq_len - len(self._text), self._most - step)
         if most <= 0:
             return Draft([])
         part = self._text[self._read : self._read + CHUNK]
@@ -107,7 +108,7 @@ class _Other:
         rows = []
         for i in range(most):
             logp = filtered(logits, self._settings, None, (), self._vocab)
-            token = int(choose(logp, self._at[step + i : step + i + 1].to(logp.device)))
+            token = int(choose(logp, torch.tensor([self._at[step + i]], dtype=torch.float64, device=logp.device)))
             if token >= logp.shape[-1]:
                 break  # not finite; the model that decides may do better
             self._drafted.append(token)
@@ -149,10 +150,9 @@ def next_length(accepted: int, drafted: int) -> int:
     return MOST if accepted == drafted else max(2, min(MOST, 2 * accepted))
 
 
-def accepting(key: Key, n: int) -> list[float]:
-    """The numbers that decide on drafts, for each of n tokens."""
-    numbers: list[float] = draws(random.fold_in(key, _ACCEPT), n).tolist()
-    return numbers
+def accepting(key: Key, most: int) -> Numbers:
+    """The numbers that decide on the drafts of a text of at most so many tokens."""
+    return Numbers(random.fold_in(key, _ACCEPT), most)
 
 
 def drafted(
@@ -169,7 +169,7 @@ def drafted(
     table = ready.root["embed.tokens.weight"]
     text, most = limits.begun(prompt, cfg), limits.most(prompt, settings, cfg)
     size = min(cfg.seq_len, len(text) + most)
-    at, accept = draws(key, most).tolist(), accepting(key, most)
+    at, accept = Numbers(key, most), accepting(key, most)
     history = history_of([prompt], cfg.vocab_size, table.device) if settings.has_penalties else None
     logits, cache = prefill(ready, [text], cfg, init_cache(cfg, 1, size, table.dtype, table.device))
     drafter, new, draft, step, length = begin(settings, key), list(text), Draft([]), 0, MOST

@@ -127,7 +127,7 @@ def plausible(counts: Tensor, probs: Tensor) -> bool:
     """Within 4.5 standard deviations of a chi-square's mean (Wilson and Hilferty 1931)."""
     found, free = chi_square(counts, probs)
     z = ((found / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))
-    return abs(z) < 4.5
+    return bool(abs(z) < 4.5)
 
 
 @pytest.mark.parametrize("sure", [True, False])
