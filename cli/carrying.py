@@ -22,7 +22,7 @@ from fnlm.sharding.mesh import describe
 from fnlm.track import Many, Progress, Tracker, open_trackers
 
 if TYPE_CHECKING:
-    from cli.training import Wish
+    from cli.options import Wish
 
 NOT_FINITE = 5
 

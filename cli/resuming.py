@@ -12,7 +12,8 @@ import click
 from cli import ranks
 from cli import settings as gather
 from cli.carrying import carry_out
-from cli.training import NAMES, Wish, described, fingerprint, job_of, say_to_stderr
+from cli.options import NAMES, Wish
+from cli.training import check, described, fingerprint, job_of, say_to_stderr
 from fnlm import data, loop
 from fnlm.checkpoint import CheckpointError
 from fnlm.data import DataError, Dataset
@@ -26,6 +27,7 @@ class Found(NamedTuple):
     checkpoint: Path
     folder: Path
     config: dict[str, Any]
+    chosen: bool = False  # by us, as the newest: where it is damaged the one before it will do
 
 
 def to_resume(wish: Wish, default_out: Path) -> Found | None:
@@ -38,13 +40,14 @@ def to_resume(wish: Wish, default_out: Path) -> Found | None:
     if (folder / "COMMITTED").is_file() or (folder / "MANIFEST.json").is_file():
         checkpoint, own = folder, folder.parent.parent
     else:
-        found = loop.resumable(folder)
+        # ranks read its bytes together, once they have met
+        found = loop.resumable(folder, read=not ranks.is_rank())
         if found is None and wish.resume == "auto":
             return None
         if found is None:
             raise CheckpointError(f"{folder} has no whole checkpoint to resume from")
         checkpoint, own = found, folder
-    return Found(checkpoint, wish.out or own, loop.read_config(checkpoint))
+    return Found(checkpoint, wish.out or own, loop.read_config(checkpoint), chosen=own == folder)
 
 
 def resumed(found: Found, wish: Wish) -> Settings:
@@ -55,6 +58,7 @@ def resumed(found: Found, wish: Wish) -> Settings:
     model, train, run, compute = loop.settings_of(found.config, found.checkpoint / "config.json")
     run = loop.for_world(run, wish.world, gather.given(pairs, "strategy"))
     settings = gather.applied((model, train, run, compute), pairs, NAMES)
+    check(*settings[:2])
     loop.mesh_of(*settings[:3], wish.world, threads=wish.simulate is not None)
     return settings
 
@@ -75,11 +79,12 @@ def continued(found: Found, wish: Wish) -> int:
     dataset = data.open(wish.data or found.config["data"])
     same_data(found, dataset)
     kept = {key: found.config.get(key) for key in ("preset", "init_from")}
+    kept |= {key: found.config[key] for key in ("interop",) if key in found.config}
     config = described(settings, dataset, **kept)
     if wish.dry_run:
         click.echo(json.dumps(config, indent=2))
         return 0
-    more = {"resume": found.checkpoint, "partial": wish.partial}
+    more = {"resume": found.checkpoint, "partial": wish.partial, "or_older": found.chosen}
     with held(found.folder) if ranks.is_lead() else nullcontext():
         for name in ("checkpoints", "samples"):
             (found.folder / name).mkdir(exist_ok=True)

@@ -84,7 +84,18 @@ def from_file(path: Path) -> list[Pair]:
     for key, value in values.items():
         inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
         pairs += [(name, _text(v)) for name, v in inner.items()]
+    _require_known(str(path), [name for name, _ in pairs])
     return pairs
+
+
+def _require_known(where: str, keys: Sequence[str]) -> None:
+    """Raises ValueError, with where it stands, for a key that is no setting."""
+    known = owners()
+    for key in keys:
+        try:
+            _owner(key, known, ())
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
 
 def _toml(text: str) -> Any:
@@ -114,12 +125,9 @@ def _text(value: Any) -> str:
 def from_environment(environment: Mapping[str, str] = os.environ) -> list[Pair]:
     """`FNLM_LR=3e-4` as lr=3e-4; a name that is no setting is an error, as it would be on the command line."""
     names = sorted(name for name in environment if name.startswith("FNLM_") and name not in NOT_SETTINGS)
-    known, pairs = owners(), [(name.removeprefix("FNLM_").lower(), environment[name]) for name in names]
+    pairs: list[Pair] = [(name.removeprefix("FNLM_").lower(), environment[name]) for name in names]
     for variable, (key, _) in zip(names, pairs, strict=True):
-        try:
-            _owner(key, known, ())
-        except ValueError as error:
-            raise ValueError(f"environment variable {variable}: {error}") from error
+        _require_known(f"environment variable {variable}", [key])
     return pairs
 
 

@@ -6,18 +6,10 @@ from pathlib import Path
 
 import click
 
+from cli.options import Options, RunCommand, run_options, wished
 from cli.resuming import continued, to_resume
-from cli.training import (
-    RunCommand,
-    Wish,
-    begun,
-    open_data,
-    pairs_of,
-    preset_and_data,
-    run_options,
-    separated,
-)
-from fnlm import PRESETS, TRAINING, overrides, trained
+from cli.training import begun, open_data, preset_and_data
+from fnlm import PRESETS, TRAINING, trained
 from fnlm.config import Compute, TrainConfig
 from fnlm.loop import RunConfig
 
@@ -26,23 +18,7 @@ from fnlm.loop import RunConfig
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[PRESET] [FOLDER] [KEY=VALUE]...")
 @click.option("--init-from", type=click.Path(path_type=Path), metavar="MODEL", help="Start from a run or checkpoint.")
 @run_options
-def command(
-    words: tuple[str, ...],
-    init_from: Path | None,
-    data: Path | None,
-    out: Path | None,
-    resume: str | None,
-    config: Path | None,
-    track: tuple[str, ...],
-    strategy: str | None,
-    mesh: str | None,
-    simulate: int | None,
-    force: bool,
-    partial: bool,
-    dry_run: bool,
-    quiet: bool,
-    as_json: bool,
-) -> int:
+def command(words: tuple[str, ...], init_from: Path | None, options: Options) -> int:
     """Train a model on prepared data.
 
     PRESET is a name that `fnlm inspect` lists, `demo` by default; FOLDER is data that `fnlm prepare` made,
@@ -53,17 +29,13 @@ def command(
 
     SIGINT and SIGTERM save first; `--resume` goes on, bit for bit.
     """
-    plain, given = overrides.split(words)
-    given, options = separated(given, ("init_from",))
+    plain, meant, wish = wished(words, options, ("init_from",))
     name, folder = preset_and_data(plain, list(PRESETS))
-    data = data or folder or (Path(options["data"]) if "data" in options else None)
-    out = out or (Path(options["out"]) if "out" in options else None)
-    if options.get("init_from") == "resume":
-        resume = resume or "auto"
-    elif options.get("init_from", "scratch") != "scratch":
-        init_from = init_from or Path(options["init_from"])
-    pairs = pairs_of(given, config, track, strategy=strategy, mesh=mesh)
-    wish = Wish(pairs, data, out, resume, force, quiet, as_json, dry_run, partial, simulate)
+    wish = wish._replace(data=options.data or folder or wish.data)
+    if meant.get("init_from") == "resume":
+        wish = wish._replace(resume=wish.resume or "auto")
+    elif meant.get("init_from", "scratch") != "scratch":
+        init_from = init_from or Path(meant["init_from"])
     default = Path("runs") / (name or "demo")
     if found := to_resume(wish, default):
         was = found.config.get("preset")
@@ -76,5 +48,5 @@ def command(
     preset = name or (model.config.get("preset") if model else None) or "demo"
     base = PRESETS[preset] if model is None else model.cfg
     train = TRAINING.get(preset, TrainConfig(steps=1000, batch_size=16))
-    dataset = open_data(data, Path("data") / preset)
-    return begun((base, train, RunConfig(), Compute()), wish, out or default, dataset, model, preset=preset)
+    dataset = open_data(wish.data, Path("data") / preset)
+    return begun((base, train, RunConfig(), Compute()), wish, wish.out or default, dataset, model, preset=preset)

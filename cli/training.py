@@ -1,4 +1,4 @@
-"""What `fnlm train` and `fnlm finetune` share: options, settings to a job, the job to its end, and the last lines."""
+"""What `fnlm train` and `fnlm finetune` share: what is wanted, the data and the machine to a job."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import click
 import torch
@@ -15,109 +15,20 @@ import torch
 from cli import ranks
 from cli import settings as gather
 from cli.carrying import carry_out
+from cli.options import NAMES, Wish
 from cli.settings import Pair
-from fnlm import __version__, checkpoint, data, loop
+from fnlm import __version__, checkpoint, data, interop, loop
 from fnlm.config import ModelConfig, TrainConfig, did_you_mean, override
 from fnlm.data import DataError, Dataset
 from fnlm.environment import memory_available
 from fnlm.loop import Job, RunConfig, Settings, memory
 from fnlm.loop.folder import held
 from fnlm.params import init_params, shapes
-from fnlm.sharding import processes
-from fnlm.track import TRACKERS, require_trackers
+from fnlm.presets import optimizer_of, windowed
+from fnlm.track import require_trackers
+from fnlm.trainable import subset_of
 from fnlm.trained import Trained
 from fnlm.types import Params
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Wish(NamedTuple):
-    """The common options of a run."""
-
-    pairs: list[Pair]
-    data: Path | None
-    out: Path | None
-    resume: str | None
-    force: bool
-    quiet: bool
-    as_json: bool
-    dry_run: bool
-    partial: bool
-    simulate: int | None = None
-
-    @property
-    def world(self) -> int:
-        """The ranks that take part: processes, or threads of this one."""
-        here = processes.place()
-        return here.world if here else self.simulate or 1
-
-
-OPTIONS = (
-    click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Prepared data."),
-    click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Of the run. [default: runs/NAME]"),
-    click.option(
-        "--resume", is_flag=False, flag_value="auto", metavar="[auto|PATH]",
-        help="Go on: with the run in --out where there is one, or with the run or checkpoint PATH.",
-    ),
-    click.option("--config", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="TOML or YAML."),
-    click.option("--track", multiple=True, type=click.Choice(list(TRACKERS)), help="Also log there."),
-    click.option("--strategy", metavar="NAME", help="How several ranks share the work: ddp_bucketed, zero3, ..."),
-    click.option("--mesh", metavar="AXIS=N,...", help="Ranks by axis: data=2,tensor=2. [default: the strategy's own]"),
-    click.option("--nproc", metavar="N|auto", help="Start N processes; auto: one for each GPU."),
-    click.option("--simulate", type=click.IntRange(1), metavar="N", help="N ranks as threads of this process."),
-    click.option("--force", is_flag=True, help="Replace the run that is in the folder."),
-    click.option("--partial", is_flag=True, help="Of another shape: take what fits, the rest starts anew."),
-    click.option("--dry-run", is_flag=True, help="Print all settings and stop."),
-    click.option("--quiet", is_flag=True, help="No progress on stderr."),
-    click.option("--json", "as_json", is_flag=True, help="How it ended, as JSON."),
-)  # fmt: skip
-
-
-class RunCommand(click.Command):
-    """A command of which `--resume`, with no path, may also stand before a setting: `--resume steps=700`."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """The command, in as many processes as `--nproc` asks for."""
-        world = processes_wanted(ctx.params.pop("nproc"), ctx.params["simulate"])
-        return ranks.launch(ctx.obj, world) if world > 1 else super().invoke(ctx)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        bare = [
-            word == "--resume" and "=" in after and not Path(after).exists()
-            for word, after in zip(args, [*args, ""][1:], strict=True)
-        ]
-        return super().parse_args(ctx, ["--resume=auto" if it else word for word, it in zip(args, bare, strict=True)])
-
-
-def run_options(command: F) -> F:
-    """The options that both commands have."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
-
-
-NAMES = tuple(name for option in click.command()(run_options(lambda: None)).params for name in option.opts)
-
-
-def processes_wanted(nproc: str | None, simulate: int | None) -> int:
-    """The processes that `--nproc` asks for; 1 for a process that is a rank already."""
-    if simulate is not None and (nproc is not None or ranks.is_rank()):
-        raise ValueError("--simulate makes threads of one process; leave it out where processes are started")
-    return 1 if nproc is None or ranks.is_rank() else ranks.count(nproc)
-
-
-def pairs_of(words: list[Pair], file: Path | None, track: tuple[str, ...], **options: str | None) -> list[Pair]:
-    """All settings that were given, the weightiest last; `options` are those that have an option of their own."""
-    named = [(name, value) for name, value in options.items() if value is not None]
-    pairs = [*(gather.from_file(file) if file else []), *gather.from_environment(), *words, *named]
-    return [*pairs, ("trackers", json.dumps(list(track)))] if track else pairs
-
-
-def separated(words: list[Pair], names: tuple[str, ...]) -> tuple[list[Pair], dict[str, str]]:
-    """Pairs that stand for options, such as nanoGPT's `out_dir=runs/x`, apart from the settings."""
-    known = {"out_dir": "out", "dataset": "data", **{name: name for name in names}}
-    options = {known[key]: value for key, value in words if key in known and value is not None}
-    return [(key, value) for key, value in words if key not in known], options
 
 
 def paced(run: RunConfig, steps: int, pairs: list[Pair]) -> RunConfig:
@@ -148,11 +59,19 @@ def fresh(base: Settings, wish: Wish, dataset: Dataset, say: Callable[[str], Non
     model, train, run, compute = gather.applied(base, pairs, NAMES)
     run = paced(run, train.steps, pairs)
     model = with_vocabulary(model, dataset, not adapt or gather.given(pairs, "vocab_size"), say)
+    check(model, train)
     if auto:
-        train = fitted(model, train, run, compute, say)
+        train = fitted(windowed(model, train), train, run, compute, say)
     elif device_of(run).type == "cpu" and wish.world == 1:
-        memory.check(model, train, memory_available())
+        memory.check(windowed(model, train), train, memory_available())
     return model, train, run, compute
+
+
+def check(cfg: ModelConfig, train: TrainConfig) -> None:
+    """Raises ValueError, before anything is made, where what is to be trained is not in the model."""
+    windowed(cfg, train)
+    subset_of(cfg, train)
+    optimizer_of(train, cfg)
 
 
 def with_vocabulary(cfg: ModelConfig, dataset: Dataset, chosen: bool, say: Callable[[str], None]) -> ModelConfig:
@@ -220,8 +139,8 @@ def job_of(settings: Settings, dataset: Dataset, folder: Path, config: dict[str,
     """The job that settings make."""
     model, train, run, compute = settings
     return Job(
-        cfg=model, train=train, run=run, compute=compute, dataset=dataset, folder=folder, config=config,
-        device=device_of(run), **more,
+        cfg=windowed(model, train), train=train, run=run, compute=compute, dataset=dataset, folder=folder,
+        config=config, device=device_of(run), **more,
     )  # fmt: skip
 
 
@@ -241,7 +160,8 @@ def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Tra
     settings = fresh(base, wish, dataset, say, adapt=model is None)
     params = initial(model, settings, wish.partial) if model else None
     loop.mesh_of(*settings[:3], wish.world, threads=wish.simulate is not None)
-    config = described(settings, dataset, init_from=str(model.path) if model else None, **more)
+    came = interop.carried(model.config, dataset.manifest["kind"]) if model else {}
+    config = described(settings, dataset, init_from=str(model.path) if model else None, **came, **more)
     if wish.dry_run:
         click.echo(json.dumps(config, indent=2))
         return 0

@@ -215,6 +215,7 @@ class TrainConfig:
     ema: float | None = None
     dropout: float | None = None  # overrides the model's dropouts (embedding, attention, residual)
     documents: Documents = "together"  # apart: no token looks into another document of its window
+    length: int | None = None  # tokens of a training window, up to the model's seq_len; None: seq_len
     freeze: str = ""  # patterns of names, such as embed.*,blocks.[0-5].*: these parameters stay as they are
     layer_decay: float | None = None  # the rate of each layer is that of the one above it times this
     lr_scale: str = ""  # patterns and factors, such as embed.*=0.1,norm=2: of the learning rate
@@ -248,6 +249,8 @@ class TrainConfig:
         self._check_subset()
 
     def _check_subset(self) -> None:
+        if self.length is not None:
+            _at_least(self, "length", 1)
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must lie above 0 and not above 1; 0.9 is usual")
         if self.lora is not None:

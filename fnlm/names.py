@@ -38,10 +38,10 @@ def matches(pattern: str, name: str, tail: bool = False) -> bool:
 
 
 def parts(names: Iterable[str], tail: bool = False) -> dict[str, None]:
-    """What patterns may be made of: each name, the beginnings of it up to a dot, with `tail` the ends; each once."""
+    """What may be meant: each name, its beginnings up to a dot, with `tail` its ends and its words; each once."""
     found: dict[str, None] = {}
     for name in names:
         words = name.split(".")
         found |= {".".join(words[:n]): None for n in range(1, len(words) + 1)}
-        found |= {".".join(words[n:]): None for n in range(1, len(words))} if tail else {}
+        found |= dict.fromkeys([*words, *(".".join(words[n:]) for n in range(1, len(words)))]) if tail else {}
     return found

@@ -130,3 +130,17 @@ def trained_model(cfg: ModelConfig, train: TrainConfig) -> ModelConfig:
     if train.dropout is None:
         return cfg
     return replace(cfg, dropout_embed=train.dropout, dropout_attn=train.dropout, dropout_residual=train.dropout)
+
+
+def windowed(cfg: ModelConfig, train: TrainConfig) -> ModelConfig:
+    """The model on the windows that it is trained with, whose `length` may be less than its own.
+
+    ValueError for more, and for less where positions are learned.
+    """
+    if train.length is None or train.length == cfg.seq_len:
+        return cfg
+    if train.length > cfg.seq_len:
+        raise ValueError(f"length={train.length} is more than seq_len={cfg.seq_len}; choose at most that")
+    if cfg.positions == "learned":
+        raise ValueError(f"length={train.length} would leave learned positions untrained; leave length out")
+    return replace(cfg, seq_len=train.length)

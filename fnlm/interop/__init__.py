@@ -11,9 +11,9 @@ from pathlib import Path
 from fnlm.checkpoint.files import CheckpointError
 from fnlm.interop import gguf, hf, hub, llama2c, nanogpt
 from fnlm.interop.export import Model, to_hf
-from fnlm.interop.foreign import Foreign, check_tokenizer, described, read_tokenizer, speaks_chatml
+from fnlm.interop.foreign import Foreign, carried, check_tokenizer, described, read_tokenizer, speaks_chatml
 from fnlm.interop.gguf_out import to_gguf
-from fnlm.interop.written import write
+from fnlm.interop.written import write, write_run
 
 FORMATS = ("hf", "gguf", "llama2c", "nanogpt")
 READERS = {"gguf": gguf.read, "llama2c": llama2c.read, "nanogpt": nanogpt.read}
@@ -59,6 +59,7 @@ __all__ = [
     "TARGETS",
     "Foreign",
     "Model",
+    "carried",
     "check_tokenizer",
     "described",
     "find",
@@ -69,4 +70,5 @@ __all__ = [
     "to_gguf",
     "to_hf",
     "write",
+    "write_run",
 ]

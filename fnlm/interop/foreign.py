@@ -64,6 +64,18 @@ def described(model: Foreign, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def carried(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What a run's config.json says of where the model was imported from, for a run that trains it further.
+
+    A model of text that is trained on conversations (`kind`) keeps neither its end tokens nor its template.
+    """
+    came = config.get("interop")
+    if came is None:
+        return {}
+    anew = kind == "chat" and config.get("kind") != "chat"
+    return {"interop": {**came, "template": None, "kept": {}} if anew else came}
+
+
 def speaks_chatml(model: Foreign, tokenizer: Tokenizer) -> bool:
     """Whether its chat template is written with ChatML's tokens, and the tokenizer has them."""
     return IM_START in (model.template or "") and all(token in tokenizer.special for token in CHAT_SPECIAL)
