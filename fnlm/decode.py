@@ -1,7 +1,7 @@
 """The forward for text that grows: new tokens against cached keys and values, the same mathematics as forward.py.
 
 A row of the batch is a text of its own, with its own position. Letters as in forward.py; S counts the positions a cache
-holds, G = H / H_kv the queries a key serves.
+holds, G = H / H_kv the queries a key serves. On a CPU steps of few tokens are lowered to `fnlm.native`.
 """
 
 from __future__ import annotations
@@ -12,38 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fnlm.attention import Places, Rotation, alibi_slopes, scale
+from fnlm import native
+from fnlm.attention import Places, alibi_slopes, scale
+from fnlm.cache import KVCache, init_cache, picked
 from fnlm.collectives import LOCAL, Axes, psum, pvary
 from fnlm.config import Compute, ModelConfig
-from fnlm.forward import embed, norm, reach, shape_logits, split_groups, turn
+from fnlm.forward import embed, norm, reach, shape_logits, turn
 from fnlm.linear import linear
 from fnlm.mlp import mlp
-from fnlm.places import rope_table
+from fnlm.prepared import Prepared, prepare
 from fnlm.types import Params
 
+__all__ = ["CHUNK", "KVCache", "Prepared", "decode", "init_cache", "padded", "picked", "prefill", "prepare"]
+
 CHUNK = 256  # prompt tokens at a time: on a CPU twice as fast to the first token as 1,500 at once
+FEW = 16  # tokens of one text up to which the native step takes them at once
 _PLAIN = Compute(kernels="plain")
-
-
-class KVCache(NamedTuple):
-    """What the texts of a batch have left behind. Positions from `pos` on hold nothing that counts.
-
-    k, v (L, B, H_kv, S, K); pos (B,) int64: how many positions of each row are valid; tokens (B, S) int64, what stands
-    there, where n-grams need it (else (B, 0)). To forget the end of a text, lower its `pos`.
-    """
-
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    tokens: Tensor
-
-
-class Prepared(NamedTuple):
-    """Parameters laid out for many steps: grouped, cast, q, k and v joined, RoPE's tables for all positions."""
-
-    root: Params
-    blocks: tuple[Params, ...]
-    rotation: Rotation | None
 
 
 class _Step(NamedTuple):
@@ -58,51 +42,6 @@ class _Step(NamedTuple):
     bias: Tensor | None
     places: Places
     each: tuple[tuple[int, slice], ...] | None = None
-
-
-def init_cache(
-    cfg: ModelConfig,
-    batch: int,
-    length: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    heads: int | None = None,
-) -> KVCache:
-    """An empty cache for `batch` rows of `length` (the model's seq_len) positions, of the dtype of the parameters.
-
-    `heads`: of keys and values, those that are computed here where they are split. ValueError for more than seq_len.
-    """
-    length = cfg.seq_len if length is None else length
-    if not 0 < length <= cfg.seq_len:
-        raise ValueError(f"a cache of {length} positions does not suit seq_len={cfg.seq_len}; choose 1 to seq_len")
-    shape = (cfg.n_layers, batch, heads or cfg.kv_heads, length, cfg.head_dim)
-    k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")  # zeros: no NaN where nothing is seen
-    tokens = torch.zeros((batch, length if reach(cfg) else 0), dtype=torch.int64, device=device)
-    return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), tokens)
-
-
-def picked(cache: KVCache, rows: Tensor) -> KVCache:
-    """A cache of these rows (n,), copied: fewer, in another order, or one several times."""
-    return KVCache(cache.k[:, rows], cache.v[:, rows], cache.pos[rows], cache.tokens[rows])
-
-
-@torch.no_grad()
-def prepare(params: Params, cfg: ModelConfig, dtype: torch.dtype | None = None) -> Prepared:
-    """The parameters for `decode`, in another dtype where one is given; what needs no change is shared, not copied."""
-    params = params if dtype is None else {k: p.to(dtype) if p.is_floating_point() else p for k, p in params.items()}
-    groups = split_groups(params, cfg)
-    root = groups.pop("root")
-    table = root["embed.tokens.weight"]
-    at = torch.arange(cfg.seq_len, device=table.device)
-    rotation = rope_table(at, cfg, table.dtype) if cfg.positions == "rope" else None
-    return Prepared(root, tuple(_joined(p) for p in groups.values()), rotation)
-
-
-def _joined(p: Params) -> Params:
-    """A block's dict with one matrix for q, k and v."""
-    out = {name: w for name, w in p.items() if name.removeprefix("attn.")[:2] not in ("q.", "k.", "v.")}
-    kinds = [kind for kind in ("weight", "bias", "scale") if f"attn.q.{kind}" in p]
-    return out | {f"attn.qkv.{kind}": torch.cat([p[f"attn.{head}.{kind}"] for head in "qkv"]) for kind in kinds}
 
 
 @torch.no_grad()
@@ -125,7 +64,9 @@ def decode(
     other rows hold. `every`: after each new token, (B, T, V). The cache is donated: use the one that is returned.
     ValueError where a row does not fit into it.
     """
-    ready = params if isinstance(params, Prepared) else prepare(params, cfg)
+    ready = params if isinstance(params, Prepared) else prepare(params, cfg, lowered=False)
+    if _is_native(ready, tokens, cache, lengths, axes):
+        return _native(ready, tokens, cfg, cache, lengths, every)
     step = _step(tokens, cfg, cache, lengths, ready, axes, apart)
     before = None
     if reach(cfg):
@@ -141,6 +82,36 @@ def decode(
     own = "head" if "head.weight" in ready.root else "embed.tokens"
     logits = shape_logits(linear(ready.root, own, x), cfg)
     return logits if logits.dtype == torch.float64 else logits.float(), cache._replace(pos=cache.pos + new)
+
+
+def _is_native(ready: Prepared, tokens: Tensor, cache: KVCache, lengths: Tensor | None, axes: Axes) -> bool:
+    """Whether the C library takes this step: one token of each row, or few of one row."""
+    few = tokens.shape[1] == 1 or (len(tokens) == 1 and tokens.shape[1] <= FEW and lengths is None)
+    return few and ready.native is not None and axes == LOCAL and native.takes(cache.k, cache.v)
+
+
+def _native(
+    ready: Prepared, tokens: Tensor, cfg: ModelConfig, cache: KVCache, lengths: Tensor | None, every: bool
+) -> tuple[Tensor, KVCache]:
+    """`decode` by the C library: each row's bits depend on its own text alone, in every dtype, and on any company."""
+    starts, counts = _room(tokens, cache, lengths)
+    at = cache.pos[:, None] + torch.arange(tokens.shape[1])
+    before = _tokens_before(cache, cfg) if reach(cfg) else None
+    x = embed(ready.root, tokens, cfg, None, LOCAL, before, at.clamp(max=cfg.seq_len - 1)).flatten(0, 1)
+    rows = [b for b, n in enumerate(counts) for _ in range(n)]
+    places = [s + i for s, n in zip(starts, counts, strict=True) for i in range(n)]
+    meant = torch.tensor(rows, dtype=torch.int64)
+    if before is not None:
+        cache.tokens[meant, torch.tensor(places)] = tokens.flatten() if tokens.shape[1] > 1 else tokens[meant, 0]
+    x = x if len(x) == len(rows) else x[meant]
+    assert ready.native is not None
+    logits = native.step(
+        ready.native, x, cache.k, cache.v, rows, places, len(rows) if tokens.shape[1] == 1 or every else 1
+    )
+    if lengths is not None:
+        logits = logits.new_zeros(len(tokens), logits.shape[1]).index_copy_(0, meant, logits)
+    new = tokens.shape[1] if lengths is None else lengths.to(cache.pos)
+    return logits.unflatten(0, (len(tokens), -1)) if every else logits, cache._replace(pos=cache.pos + new)
 
 
 def prefill(
@@ -176,15 +147,8 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") ->
     return tokens, None if min(lengths) == longest else torch.tensor(lengths, device=device)
 
 
-def _step(
-    tokens: Tensor,
-    cfg: ModelConfig,
-    cache: KVCache,
-    lengths: Tensor | None,
-    ready: Prepared,
-    axes: Axes,
-    apart: bool,
-) -> _Step:
+def _room(tokens: Tensor, cache: KVCache, lengths: Tensor | None) -> tuple[list[int], list[int]]:
+    """Where each row's new tokens begin, and how many they are. ValueError where they do not fit into the cache."""
     rows, t = tokens.shape
     if cache.pos.shape[0] != rows:
         raise ValueError(f"{rows} rows of tokens do not suit a cache of {cache.pos.shape[0]}; give one for each")
@@ -195,6 +159,20 @@ def _step(
     used, size = max(s + n for s, n in zip(starts, counts, strict=True)), cache.k.shape[3]
     if used > size:
         raise ValueError(f"position {used - 1} does not fit into a cache of {size}; make it longer, or stop before")
+    return starts, counts
+
+
+def _step(
+    tokens: Tensor,
+    cfg: ModelConfig,
+    cache: KVCache,
+    lengths: Tensor | None,
+    ready: Prepared,
+    axes: Axes,
+    apart: bool,
+) -> _Step:
+    starts, counts = _room(tokens, cache, lengths)
+    t, used = tokens.shape[1], max(s + n for s, n in zip(starts, counts, strict=True))
     together = min(counts) == t and min(starts) == max(starts) and not apart
     at = cache.pos[:, None] + torch.arange(t, device=tokens.device)
     put = None if together else _valid(at, counts)

@@ -18,7 +18,8 @@ FLOORS = (
     "random < dropout | config < overrides < names | collectives | compiling | kernels | machine < environment",
     "attention < blocked < rotary < places < ngrams < linear < mlp < sublayers < forward < losses | optim | "
     "sharding | tokenizers | world | quantize | cleaning",
-    "params < lora < trainable < presets | sampling | data | decode",
+    "params < lora < trainable < presets | sampling | merging | data | "
+    "cache < native < prepared < decode",
     "links < step < sharded_optim < sharded < forecast < elastic | tokens < speculate < generate | evaluate | "
     "checkpoint < interop < trained | lift | budget",
     "track < loop | report | evaluation | benchmark_strategies | "
@@ -31,6 +32,7 @@ DISTRIBUTED = {"fnlm/collectives.py", "fnlm/sharding/mesh.py", "fnlm/sharding/pr
 READS_ENVIRONMENT = {
     "config",
     "machine",
+    "native",
     "environment",
     "sharding",
     "data",

@@ -1,0 +1,128 @@
+"""The C sources beside this file as a library: compiled once for this processor, kept in the user's cache folder.
+
+What it is called there is a hash of the sources, the compiler and the processor, so nothing stale is ever loaded. It is
+written under another name first and then renamed. Where the folder cannot be written, a temporary one is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fnlm.machine import cpu_flags
+
+SOURCES = ("step.c", "team.h", "products.h", "vector.h")
+COMPILERS = ("cc", "gcc", "clang")
+OPTIONS = ("-std=gnu11", "-O2", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+PATIENCE = 120  # seconds for the compiler
+
+
+class Status(NamedTuple):
+    """The library where there is one, and what `fnlm doctor` says of it: where it lies, or why there is none."""
+
+    library: ctypes.CDLL | None
+    says: str
+
+
+@cache
+def status() -> Status:
+    """The library of this process. Says nothing and raises nothing: who wants it can do without."""
+    if sys.platform == "win32":
+        return Status(None, "not on Windows")
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        return Status(None, f"no C compiler ({', '.join(COMPILERS)})")
+    try:
+        path = built(compiler)
+        return Status(_loaded(path), f"{path} by {compiler}")
+    except subprocess.CalledProcessError as error:
+        return Status(None, f"{compiler} failed: {_last_line(error.stderr)}")
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+        return Status(None, f"{compiler}: {error}")
+
+
+def built(compiler: str, folder: Path | None = None, options: Sequence[str] = ()) -> Path:
+    """The library's path below `folder` (the user's cache), compiled if it is not there.
+
+    CalledProcessError where the compiler fails, with its words; OSError where nothing can be written at all.
+    """
+    here = Path(__file__).parent
+    texts = [(here / name).read_bytes() for name in SOURCES]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE).stdout
+    about = [version, " ".join([*OPTIONS, *options, platform.machine(), *sorted(cpu_flags())]).encode()]
+    name = f"step-{hashlib.sha256(b'|'.join([*texts, *about])).hexdigest()[:16]}.so"
+    try:
+        return _compiled(compiler, (folder or cache_folder()) / name, options)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        if folder is not None:
+            raise
+        del error
+    return _compiled(compiler, Path(tempfile.mkdtemp(prefix="fnlm-")) / name, options)
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: ~/.cache/fnlm, or as XDG_CACHE_HOME says."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "fnlm"
+
+
+def _compiled(compiler: str, to: Path, options: Sequence[str]) -> Path:
+    if to.is_file():
+        return to
+    to.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(suffix=".so", dir=to.parent)
+    os.close(handle)
+    source = str(Path(__file__).with_name(SOURCES[0]))
+    try:
+        for tuned in (["-march=native"], ["-mcpu=native"], []):  # not every compiler knows the first on every processor
+            command = [compiler, *OPTIONS, *tuned, *options, source, "-o", draft, "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        os.chmod(draft, 0o644)
+        os.replace(draft, to)
+    finally:
+        Path(draft).unlink(missing_ok=True)
+    return to
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointers, counts = [ctypes.c_void_p] * 5, [ctypes.c_int64] * 2
+    library.fnlm_step.argtypes = [*pointers, *counts, ctypes.c_void_p, ctypes.c_int64]
+    library.fnlm_step.restype = ctypes.c_int
+    library.fnlm_team.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.fnlm_team.restype = None
+    library.fnlm_team(*_openmp())
+    return library
+
+
+def _openmp() -> tuple[int | None, int | None]:
+    """The two functions of torch's OpenMP that start a team and count it; None twice where it has no such."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        try:
+            library = ctypes.CDLL(str(path))
+            names = (library.GOMP_parallel, library.omp_get_num_threads)
+        except (OSError, AttributeError):
+            continue
+        start, count = (ctypes.cast(f, ctypes.c_void_p).value for f in names)
+        return start, count
+    return None, None
+
+
+def _last_line(text: str) -> str:
+    errors = [line for line in text.splitlines() if "error" in line] or text.splitlines() or ["without a word"]
+    return errors[0].strip()

@@ -1,0 +1,146 @@
+"""A prepared model as the C library reads it, and a step with it.
+
+Large matrices are read where they lie; what is small (norms, biases, the tables of RoPE) is copied as float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fnlm.attention import Rotation, alibi_slopes, scale
+from fnlm.config import ModelConfig
+from fnlm.native.build import status
+from fnlm.types import Params
+
+FLOAT, BF16, INT8, INT4 = range(4)
+KINDS = {torch.float32: FLOAT, torch.bfloat16: BF16, torch.int8: INT8, torch.uint8: INT4}
+MLPS = ("gelu", "gelu-tanh", "relu", "relu2", "swiglu")
+
+
+def _record(name: str, *groups: tuple[Any, str]) -> type[ctypes.Structure]:
+    """A C struct with fields of these types and names, in order."""
+    fields = [(field, kind) for kind, names in groups for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+_Matrix = _record("Matrix", (ctypes.c_void_p, "w scale bias"), (ctypes.c_int64, "n k kind half"))
+_Affine = _record("Affine", (ctypes.c_void_p, "w b"))
+_Block = _record("Block", (_Affine, "attn_norm q_norm k_norm mlp_norm"), (_Matrix, "qkv out gate up down"))
+_Model = _record(
+    "Model",
+    (ctypes.c_void_p, "blocks"),
+    (_Affine, "norm"),
+    (_Matrix, "head"),
+    (ctypes.c_void_p, "cos sin slopes"),
+    (ctypes.c_int64, "layers d heads kv_heads head_dim ff rms mlp parallel qk_norm rope window"),
+    (ctypes.c_double, "eps scale logits softcap"),
+)
+_Cache = _record("Cache", (ctypes.c_void_p, "k v"), (ctypes.c_int64, "bf16 layer row head pos"))
+
+
+class Native(NamedTuple):
+    """A model for the library: its struct, and what the struct points at, so that it stays."""
+
+    model: ctypes.Structure
+    kept: tuple[object, ...]
+
+
+def lower(root: Params, blocks: Sequence[Params], rotation: Rotation | None, cfg: ModelConfig) -> Native | None:
+    """What `step` takes, of the parts of `Prepared`; None where the library is not there or does not know the types.
+
+    `rotation` in float32, (S, R) each.
+    """
+    owner = _Owner()
+    library = status().library
+    if library is None or not all(_fits(p) for p in [root, *blocks]):
+        return None
+    head = "head" if "head.weight" in root else "embed.tokens"
+    array = (_Block * len(blocks))(*(_block(p, owner) for p in blocks))
+    half = cfg.rope_dim // 2
+    cos, sin = (None, None) if rotation is None else (rotation[0][:, :half], rotation[1][:, half:])
+    slopes = alibi_slopes(cfg.n_heads, torch.device("cpu")) if cfg.positions == "alibi" else None
+    model = _Model(
+        blocks=ctypes.cast(array, ctypes.c_void_p), norm=_affine(root, "norm", owner),
+        head=_matrix(root, head, owner), cos=owner.floats(cos), sin=owner.floats(sin), slopes=owner.floats(slopes),
+        layers=cfg.n_layers, d=cfg.d_model, heads=cfg.n_heads, kv_heads=cfg.kv_heads, head_dim=cfg.head_dim,
+        ff=cfg.ff_dim, rms=cfg.norm == "rmsnorm", mlp=MLPS.index(cfg.mlp), parallel=cfg.parallel_residual,
+        qk_norm=cfg.qk_norm, rope=0 if rotation is None else cfg.rope_dim, window=cfg.window or 0,
+        eps=cfg.norm_eps, scale=scale(cfg), softcap=cfg.logit_softcap or 0,
+        logits=cfg.mup_base / cfg.d_model if cfg.init == "mup" else 1,
+    )  # fmt: skip
+    return Native(model, (array, owner.kept))
+
+
+def step(
+    native: Native, x: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], positions: Sequence[int], wanted: int
+) -> Tensor:
+    """Logits (wanted, V), float32, of the last of n tokens whose embeddings are x (n, D), each after its own text.
+
+    Token i goes to position positions[i] of row rows[i] in k and v (L, B, H_kv, S, K), which are written; tokens of one
+    row come in their order. All that a token's logits depend on is its text: not the others, nor how many there are.
+    """
+    library = status().library
+    assert library is not None
+    n = len(rows)
+    x = x.float().contiguous()
+    logits = torch.empty((wanted, native.model.head.n), dtype=torch.float32)
+    cache = _Cache(k.data_ptr(), v.data_ptr(), k.dtype == torch.bfloat16, *k.stride()[:4])
+    numbers = ctypes.c_int64 * n
+    failed = library.fnlm_step(
+        ctypes.byref(native.model), ctypes.byref(cache), x.data_ptr(), numbers(*rows), numbers(*positions), n, wanted,
+        logits.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("a decode step needs some megabytes of working memory, which are not there")
+    return logits
+
+
+def takes(k: Tensor, v: Tensor) -> bool:
+    """Whether `step` can write into this cache."""
+    return k.dtype in (torch.float32, torch.bfloat16) and k.device.type == "cpu" and k.stride() == v.stride()
+
+
+class _Owner:
+    """Keeps what pointers point at."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def floats(self, x: Tensor | None) -> int | None:
+        """The address of a copy in float32."""
+        return None if x is None else self.address(x.float().contiguous())
+
+    def address(self, x: Tensor) -> int:
+        self.kept.append(x)
+        return x.data_ptr()
+
+
+def _fits(p: Params) -> bool:
+    matrices = [w for name, w in p.items() if w.ndim == 2 and name.endswith(".weight")]
+    known = all(w.dtype in KINDS for w in matrices) and all(w.dtype != torch.float64 for w in p.values())
+    return known and all(w.device.type == "cpu" for w in p.values())
+
+
+def _affine(p: Params, name: str, owner: _Owner) -> ctypes.Structure:
+    return _Affine(owner.floats(p.get(f"{name}.weight")), owner.floats(p.get(f"{name}.bias")))
+
+
+def _matrix(p: Params, name: str, owner: _Owner) -> ctypes.Structure:
+    if (w := p.get(f"{name}.weight")) is None:
+        return _Matrix()
+    own, factors = KINDS[w.dtype], p.get(f"{name}.scale")
+    half = own == INT4 and factors is not None and factors.dtype == torch.bfloat16
+    put = owner.address(factors.contiguous()) if half and factors is not None else owner.floats(factors)
+    n, k = w.shape[0], w.shape[1] * (2 if own == INT4 else 1)
+    return _Matrix(owner.address(w.contiguous()), put, owner.floats(p.get(f"{name}.bias")), n, k, own, half)
+
+
+def _block(p: Params, owner: _Owner) -> ctypes.Structure:
+    norms = (_affine(p, name, owner) for name in ("attn_norm", "attn.q_norm", "attn.k_norm", "mlp_norm"))
+    matrices = ("attn.qkv", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
+    return _Block(*norms, *(_matrix(p, name, owner) for name in matrices))

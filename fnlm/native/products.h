@@ -1,0 +1,125 @@
+/* y = W x for a few x at once: W is read from memory once for all of them.
+
+   What an x becomes does not depend on how many there are, nor on how rows are dealt to threads: along k every sum runs
+   in LANES parts in the order of k, then these are added, then what is left at the end of a row. */
+
+enum { FLOAT, BF16, INT8, INT4 };
+enum { GROUP = 32, TOGETHER = 8 };
+
+/* n rows of k; scale: of a row (INT8) or of GROUP entries of a row (INT4), float or, with `half`, bfloat16. */
+typedef struct {
+    const void *w, *scale;
+    const float *bias;
+    int64_t n, k, kind, half;
+} matrix;
+
+INLINE float scale_at(const matrix *m, int64_t i) {
+    return m->half ? bf16_to_float(((const uint16_t *)m->scale)[i]) : ((const float *)m->scale)[i];
+}
+
+INLINE int64_t row_bytes(int kind, int64_t k) {
+    return kind == FLOAT ? 4 * k : kind == BF16 ? 2 * k : kind == INT8 ? k : k / 2;
+}
+
+INLINE vfloat weights_at(int kind, const char *row, int64_t k) {
+    if (kind == FLOAT) return load((const float *)row + k);
+    if (kind == BF16) return load_bf16((const uint16_t *)row + k);
+    return load_int8((const int8_t *)row + k);
+}
+
+INLINE float weight_at(int kind, const char *row, int64_t k) {
+    if (kind == FLOAT) return ((const float *)row)[k];
+    if (kind == BF16) return bf16_to_float(((const uint16_t *)row)[k]);
+    return (float)((const int8_t *)row)[k];
+}
+
+/* Steps 0 to 15 stand for -8 to 7 scales; entry i of a group is in the low half of byte i, i + 16 in the high one. */
+INLINE vfloat steps_of(vint nibbles, float scale) {
+#if LANES == 16
+    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (vfloat)_mm512_permutexvar_ps((__m512i)nibbles, table * scale); /* looks at the low four bits alone */
+#else
+    return __builtin_convertvector((nibbles & 15) - 8, vfloat) * scale;
+#endif
+}
+
+#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
+
+/* R rows of W times B x, both known to the compiler: the sums stay in registers. Of the B, `count` are there. */
+INLINE void tile(const int kind, const int R, const int B, const matrix *m, int64_t row, const float *x, int64_t ldx,
+                 int count, float *y, int64_t ldy) {
+    const int64_t bytes = row_bytes(kind, m->k);
+    const char *w = (const char *)m->w + row * bytes;
+    const float *xs[TOGETHER];
+    vfloat sum[4 * TOGETHER];
+    float scale[4], ends[4 * TOGETHER];
+    int64_t k = 0;
+    EACH(b, B) xs[b] = x + (b < count ? b : 0) * ldx;
+    EACH(r, R) EACH(b, B) sum[r * B + b] = (vfloat){0};
+    if (kind == INT4) {
+        for (; k < m->k; k += GROUP) {
+            EACH(r, R) scale[r] = scale_at(m, (row + r) * (m->k / GROUP) + k / GROUP);
+            EACH(i, GROUP / LANES) {
+                const int high = i * LANES >= GROUP / 2, at = i * LANES - high * (GROUP / 2);
+                vfloat v[4];
+                EACH(r, R) {
+                    vint bits = load_uint8((const uint8_t *)w + r * bytes + k / 2 + at);
+                    v[r] = steps_of(high ? bits >> 4 : bits, scale[r]);
+                }
+                EACH(b, B) EACH(r, R) sum[r * B + b] += v[r] * load(xs[b] + k + i * LANES);
+            }
+        }
+    } else {
+        for (; k + LANES <= m->k; k += LANES) {
+            vfloat v[4];
+            EACH(r, R) v[r] = weights_at(kind, w + r * bytes, k);
+            EACH(b, B) EACH(r, R) sum[r * B + b] += v[r] * load(xs[b] + k);
+        }
+    }
+    EACH(r, R) EACH(b, B) ends[r * B + b] = total(sum[r * B + b]);
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < count; b++) {
+            float s = ends[r * B + b];
+            for (int64_t i = k; i < m->k; i++) s += weight_at(kind, w + r * bytes, i) * xs[b][i];
+            if (kind == INT8) s *= scale_at(m, row + r);
+            y[b * ldy + row + r] = m->bias ? s + m->bias[row + r] : s;
+        }
+}
+
+#define TILES(B, R)                                                                     \
+    {                                                                                   \
+        int64_t r = from;                                                               \
+        for (; r + R <= to; r += R) tile(kind, R, B, m, r, x, ldx, count, y, ldy);      \
+        for (; r < to; r++) tile(kind, 1, B, m, r, x, ldx, count, y, ldy);              \
+    }
+
+INLINE void some(const int kind, const matrix *m, int64_t from, int64_t to, const float *x, int64_t ldx, int count,
+                 float *y, int64_t ldy) {
+    if (count == 1)
+        TILES(1, 4)
+    else if (count == 2)
+        TILES(2, 4)
+    else if (count <= 4)
+        TILES(4, 4)
+    else
+        TILES(8, 2)
+}
+
+/* Rows `from` to `to` of W x + bias for each of `count` x, (count, k) apart by ldx -> (count, n) apart by ldy. */
+static void multiply(const matrix *m, int64_t from, int64_t to, const float *x, int64_t ldx, int64_t count, float *y,
+                     int64_t ldy) {
+    const int64_t block = count > TOGETHER ? 16 : to - from; /* rows that stay in the cache for the next x */
+    for (int64_t row = from; row < to; row += block)
+        for (int64_t b = 0; b < count; b += TOGETHER) {
+            const int few = count - b < TOGETHER ? (int)(count - b) : TOGETHER;
+            const int64_t end = row + block < to ? row + block : to;
+            const float *xb = x + b * ldx;
+            float *yb = y + b * ldy;
+            switch (m->kind) {
+                case FLOAT: some(FLOAT, m, row, end, xb, ldx, few, yb, ldy); break;
+                case BF16: some(BF16, m, row, end, xb, ldx, few, yb, ldy); break;
+                case INT8: some(INT8, m, row, end, xb, ldx, few, yb, ldy); break;
+                case INT4: some(INT4, m, row, end, xb, ldx, few, yb, ldy); break;
+            }
+        }
+}

@@ -1,0 +1,313 @@
+/* One token of each of some texts through all blocks, to logits: the mathematics of fnlm/decode.py in one call.
+
+   Weights are float, bfloat16, int8 or int4, activations float. Each text's numbers come about in one order, whatever
+   the others are and however many threads there are. Letters as in fnlm/forward.py: D, H, K, F, V; n tokens. */
+
+#ifndef AHEAD
+#define AHEAD 1024 /* bytes that a row is fetched before it is used */
+#endif
+#include "vector.h"
+#include "products.h"
+#include "team.h"
+
+enum { GELU, GELU_TANH, RELU, RELU2, SWIGLU };
+
+typedef struct {
+    const float *w, *b;
+} affine;
+
+typedef struct {
+    affine attn_norm, q_norm, k_norm, mlp_norm;
+    matrix qkv, out, gate, up, down;
+} block;
+
+typedef struct {
+    const block *blocks;
+    affine norm;
+    matrix head;
+    const float *cos, *sin, *slopes; /* (S, R/2) each; (H,) or NULL */
+    int64_t layers, d, heads, kv_heads, head_dim, ff, rms, mlp, parallel, qk_norm, rope, window;
+    double eps, scale, logits, softcap;
+} model;
+
+/* k, v (L, B, H_kv, S, K), apart by `by` entries along the first four. */
+typedef struct {
+    void *k, *v;
+    int64_t bf16, by[4];
+} cache;
+
+typedef struct {
+    const model *m;
+    const cache *c;
+    float *x, *y, *q, *a, *h, *h2, *logits, *own; /* own: of each thread, `room` floats */
+    const int64_t *row, *pos;
+    int64_t n, wanted, room;
+} step;
+
+static void normalise(const model *m, affine p, const float *x, int64_t n, float *out) {
+    float mean = 0, square = 0;
+    vfloat sum = {0};
+    int64_t i = 0;
+    if (!m->rms) {
+        for (; i + LANES <= n; i += LANES) sum += load(x + i);
+        mean = total(sum);
+        for (; i < n; i++) mean += x[i];
+        mean /= (float)n;
+    }
+    for (i = 0, sum = all(0); i + LANES <= n; i += LANES) {
+        const vfloat far = load(x + i) - mean;
+        sum += far * far;
+    }
+    square = total(sum);
+    for (; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
+    const float rate = 1.f / sqrtf(square / (float)n + (float)m->eps);
+    for (i = 0; i < n; i++) {
+        const float v = (x[i] - mean) * rate;
+        out[i] = (p.w ? v * p.w[i] : v) + (p.b ? p.b[i] : 0.f);
+    }
+}
+
+static void normalise_all(const step *s, affine p, const float *x, float *out) {
+    for (int64_t b = 0; b < s->n; b++) normalise(s->m, p, x + b * s->m->d, s->m->d, out + b * s->m->d);
+}
+
+/* The part of `n` units of thread `id`. */
+static void share(int64_t n, int id, int size, int64_t unit, int64_t *from, int64_t *to) {
+    const int64_t units = (n + unit - 1) / unit;
+    *from = units * id / size * unit;
+    *to = units * (id + 1) / size * unit;
+    if (*to > n) *to = n;
+}
+
+/* A head of q or k in its place in the text: QK norm, then RoPE's rotation of halves. */
+static void turn(const model *m, affine norm, float *x, int64_t pos) {
+    if (m->qk_norm) normalise(m, norm, x, m->head_dim, x);
+    const int64_t half = m->rope / 2;
+    const float *cos = m->cos + pos * half, *sin = m->sin + pos * half;
+    for (int64_t i = 0; i < half; i++) {
+        const float first = x[i], second = x[i + half];
+        x[i] = first * cos[i] - second * sin[i];
+        x[i + half] = second * cos[i] + first * sin[i];
+    }
+}
+
+static int64_t place(const cache *c, int64_t layer, int64_t row, int64_t head, int64_t pos) {
+    return layer * c->by[0] + row * c->by[1] + head * c->by[2] + pos * c->by[3];
+}
+
+static void remember(const cache *c, void *to, int64_t at, const float *x, int64_t n) {
+    if (c->bf16)
+        for (int64_t i = 0; i < n; i++) ((uint16_t *)to)[at + i] = float_to_bf16(x[i]);
+    else
+        memcpy((float *)to + at, x, (size_t)n * 4);
+}
+
+/* Whole heads of q, k and v: q stays, k and v go to the cache. */
+static void project(const step *s, const block *p, int64_t layer, int id, int size, float *mine) {
+    const model *m = s->m;
+    const int64_t K = m->head_dim, H = m->heads, A = H + 2 * m->kv_heads;
+    int64_t from, to;
+    share(A * K, id, size, K, &from, &to);
+    normalise_all(s, p->attn_norm, s->x, mine);
+    multiply(&p->qkv, from, to, mine, m->d, s->n, s->q, A * K);
+    for (int64_t b = 0; b < s->n; b++)
+        for (int64_t head = from / K; head * K < to; head++) {
+            float *x = s->q + b * A * K + head * K;
+            const int64_t kv = (head - H) % m->kv_heads;
+            if (head < H + m->kv_heads) turn(m, head < H ? p->q_norm : p->k_norm, x, s->pos[b]);
+            if (head >= H) {
+                const int64_t at = place(s->c, layer, s->row[b], kv, s->pos[b]);
+                remember(s->c, head < H + m->kv_heads ? s->c->k : s->c->v, at, x, K);
+            }
+        }
+}
+
+INLINE vfloat cached(const int bf16, const void *p, int64_t at) {
+    return bf16 ? load_bf16((const uint16_t *)p + at) : load((const float *)p + at);
+}
+
+INLINE float cached1(const int bf16, const void *p, int64_t at) {
+    return bf16 ? bf16_to_float(((const uint16_t *)p)[at]) : ((const float *)p)[at];
+}
+
+/* q k^T of R positions one after another, `by` entries apart. */
+INLINE void scores(const int bf16, const int R, const float *q, const void *k, int64_t at, int64_t by, int64_t K,
+                   float *out) {
+    vfloat sum[4];
+    int64_t i = 0;
+    EACH(r, R) sum[r] = (vfloat){0};
+    for (; i + LANES <= K; i += LANES) EACH(r, R) sum[r] += load(q + i) * cached(bf16, k, at + r * by + i);
+    EACH(r, R) {
+        out[r] = total(sum[r]);
+        for (int64_t j = i; j < K; j++) out[r] += q[j] * cached1(bf16, k, at + r * by + j);
+    }
+}
+
+/* N vectors of the weighted sum of values. */
+INLINE void values(const int bf16, const int N, const float *p, const void *v, int64_t at, int64_t by, int64_t count,
+                   float scale, float *out) {
+    vfloat sum[4];
+    EACH(i, N) sum[i] = (vfloat){0};
+    for (int64_t s = 0; s < count; s++) EACH(i, N) sum[i] += p[s] * cached(bf16, v, at + s * by + i * LANES);
+    EACH(i, N) store(out + i * LANES, sum[i] * scale);
+}
+
+/* exp(p - max) in place, and 1 / their sum. */
+static float soften(float *p, int64_t count) {
+    float top = p[0], sum = 0;
+    int64_t i;
+    for (i = 1; i < count; i++) top = p[i] > top ? p[i] : top;
+    for (i = count; i % LANES; i++) p[i] = -INFINITY;
+    vfloat sums = {0};
+    for (i = 0; i < count; i += LANES) {
+        const vfloat e = vexp(load(p + i) - top);
+        store(p + i, e);
+        if (i + LANES <= count) sums += e;
+    }
+    sum = total(sums);
+    for (i = count - count % LANES; i < count; i++) sum += p[i];
+    return 1.f / sum;
+}
+
+/* softmax(q k^T scale + bias) v of one head of one text; p has room for the scores. */
+INLINE void look(const int bf16, const step *s, int64_t layer, int64_t b, int64_t head, float *p) {
+    const model *m = s->m;
+    const int64_t K = m->head_dim, pos = s->pos[b], by = s->c->by[3];
+    const int64_t first = m->window && pos + 1 > m->window ? pos + 1 - m->window : 0, count = pos + 1 - first;
+    const int64_t at = place(s->c, layer, s->row[b], head / (m->heads / m->kv_heads), first);
+    float *q = s->q + (b * (m->heads + 2 * m->kv_heads) + head) * K, *out = s->a + (b * m->heads + head) * K;
+    int64_t i = 0;
+    for (int64_t j = 0; j < K; j++) q[j] *= (float)m->scale;
+    for (; i + 4 <= count; i += 4) scores(bf16, 4, q, s->c->k, at + i * by, by, K, p + i);
+    for (; i < count; i++) scores(bf16, 1, q, s->c->k, at + i * by, by, K, p + i);
+    if (m->slopes)
+        for (i = 0; i < count; i++) p[i] -= m->slopes[head] * (float)(count - 1 - i);
+    const float scale = soften(p, count);
+    for (i = 0; i + 4 * LANES <= K; i += 4 * LANES) values(bf16, 4, p, s->c->v, at + i, by, count, scale, out + i);
+    for (; i + LANES <= K; i += LANES) values(bf16, 1, p, s->c->v, at + i, by, count, scale, out + i);
+    for (; i < K; i++) {
+        float sum = 0;
+        for (int64_t j = 0; j < count; j++) sum += p[j] * cached1(bf16, s->c->v, at + j * by + i);
+        out[i] = sum * scale;
+    }
+}
+
+static void attend(const step *s, int64_t layer, int id, int size, float *p) {
+    int64_t from, to;
+    share(s->n * s->m->heads, id, size, 1, &from, &to);
+    for (int64_t i = from; i < to; i++)
+        if (s->c->bf16)
+            look(1, s, layer, i / s->m->heads, i % s->m->heads, p);
+        else
+            look(0, s, layer, i / s->m->heads, i % s->m->heads, p);
+}
+
+INLINE vfloat activation(const int64_t kind, vfloat x, vfloat up) {
+    const vfloat positive = pick(x > all(0), x, x * 0.f);
+    if (kind == SWIGLU) return x * sigmoid(x) * up;
+    if (kind == GELU) return gelu(x);
+    if (kind == GELU_TANH) return gelu_tanh(x);
+    return kind == RELU ? positive : positive * positive;
+}
+
+/* In place, entries that end in the midst of a vector as well. */
+static void activate(int64_t kind, float *h, const float *up, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(h + i, activation(kind, load(h + i), load(up + i)));
+    if (i == n) return;
+    float end[2][LANES] = {{0}};
+    memcpy(end[0], h + i, (size_t)(n - i) * 4);
+    memcpy(end[1], up + i, (size_t)(n - i) * 4);
+    store(end[0], activation(kind, load(end[0]), load(end[1])));
+    memcpy(h + i, end[0], (size_t)(n - i) * 4);
+}
+
+static void widen(const step *s, const block *p, int id, int size, float *mine) {
+    const model *m = s->m;
+    int64_t from, to;
+    share(m->ff, id, size, 16, &from, &to);
+    normalise_all(s, p->mlp_norm, m->parallel ? s->x : s->y, mine);
+    if (m->mlp == SWIGLU) multiply(&p->gate, from, to, mine, m->d, s->n, s->h, m->ff);
+    multiply(&p->up, from, to, mine, m->d, s->n, m->mlp == SWIGLU ? s->h2 : s->h, m->ff);
+    for (int64_t b = 0; b < s->n; b++) {
+        float *h = s->h + b * m->ff + from;
+        activate(m->mlp, h, m->mlp == SWIGLU ? s->h2 + b * m->ff + from : h, to - from);
+    }
+}
+
+/* out = x + W in, this thread's rows. */
+static void add(const step *s, const matrix *w, const float *in, const float *x, float *out, int id, int size) {
+    const int64_t d = s->m->d;
+    int64_t from, to;
+    float sum[64 * TOGETHER];
+    share(d, id, size, 4, &from, &to);
+    for (int64_t b = 0; b < s->n; b += TOGETHER) {
+        const int64_t few = s->n - b < TOGETHER ? s->n - b : TOGETHER;
+        for (int64_t row = from; row < to; row += 64) {
+            const int64_t end = row + 64 < to ? row + 64 : to;
+            multiply(w, row, end, in + b * w->k, w->k, few, sum - row, 64);
+            for (int64_t j = 0; j < few; j++)
+                for (int64_t i = row; i < end; i++)
+                    out[(b + j) * d + i] = x[(b + j) * d + i] + sum[j * 64 + i - row];
+        }
+    }
+}
+
+static void blocks(team *t, int id, int size, void *data) {
+    const step *s = data;
+    const model *m = s->m;
+    float *mine = s->own + id * s->room;
+    for (int64_t layer = 0; layer < m->layers; layer++) {
+        const block *p = &m->blocks[layer];
+        project(s, p, layer, id, size, mine);
+        meet(t, size);
+        attend(s, layer, id, size, mine);
+        meet(t, size);
+        add(s, &p->out, s->a, s->x, s->y, id, size);
+        meet(t, size);
+        widen(s, p, id, size, mine);
+        meet(t, size);
+        add(s, &p->down, s->h, s->y, s->x, id, size);
+        meet(t, size);
+    }
+    int64_t from, to;
+    const int64_t skip = s->n - s->wanted;
+    share(m->head.n, id, size, 4, &from, &to);
+    normalise_all(s, m->norm, s->x, mine);
+    multiply(&m->head, from, to, mine + skip * m->d, m->d, s->wanted, s->logits, m->head.n);
+    for (int64_t b = 0; b < s->wanted; b++)
+        for (int64_t i = from; i < to; i++) {
+            float *y = s->logits + b * m->head.n + i;
+            *y *= (float)m->logits;
+            if (m->softcap) *y = (float)m->softcap * tanhf(*y / (float)m->softcap);
+        }
+}
+
+/* x (n, D): the embeddings of n tokens, overwritten; row, pos (n,): where each goes in the cache. Tokens of one row come
+   in their order. logits (wanted, V): of the last ones. Returns 0, or -1 where there is no memory. */
+int fnlm_step(const model *m, const cache *c, float *x, const int64_t *row, const int64_t *pos, int64_t n, int64_t wanted,
+              float *logits, int64_t threads) {
+    const int64_t A = (m->heads + 2 * m->kv_heads) * m->head_dim;
+    int64_t longest = 0;
+    if (threads > MOST) threads = MOST;
+    for (int64_t b = 0; b < n; b++) longest = pos[b] + 1 > longest ? pos[b] + 1 : longest;
+    int64_t room = n * m->d > longest + LANES ? n * m->d : longest + LANES;
+    room = (room + 31) / 32 * 32;
+    const int64_t each = m->d + A + m->heads * m->head_dim + 2 * m->ff;
+    float *all = malloc((size_t)(n * each + threads * room) * sizeof(float));
+    if (!all) return -1;
+    step s = {.m = m, .c = c, .x = x, .row = row, .pos = pos, .n = n, .wanted = wanted, .room = room, .logits = logits};
+    s.y = all, s.q = s.y + n * m->d, s.a = s.q + n * A, s.h = s.a + n * m->heads * m->head_dim;
+    s.h2 = s.h + n * m->ff, s.own = s.h2 + n * m->ff;
+    run(blocks, &s, (int)threads);
+    free(all);
+    return 0;
+}
+
+/* torch's OpenMP, or NULL twice. */
+void fnlm_team(void *gomp_parallel, void *omp_get_num_threads) {
+    *(void **)&launch = gomp_parallel;
+    *(void **)&team_size = omp_get_num_threads;
+}
+
+int64_t fnlm_lanes(void) { return LANES; }

@@ -1,0 +1,50 @@
+"""Parameters as decoding reads them: what many steps would otherwise do again, done once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fnlm import native
+from fnlm.attention import Rotation
+from fnlm.config import ModelConfig
+from fnlm.forward import split_groups
+from fnlm.places import rope_table
+from fnlm.types import Params
+
+
+class Prepared(NamedTuple):
+    """Parameters laid out for many steps: grouped, cast, q, k and v joined, RoPE's tables for all positions.
+
+    `native`: the same for the C library, which reads the same memory; None where it cannot.
+    """
+
+    root: Params
+    blocks: tuple[Params, ...]
+    rotation: Rotation | None
+    native: native.Native | None = None
+
+
+@torch.no_grad()
+def prepare(params: Params, cfg: ModelConfig, dtype: torch.dtype | None = None, *, lowered: bool = True) -> Prepared:
+    """The parameters for `decode`, in another dtype where one is given; what needs no change is shared, not copied.
+
+    `lowered`: for the native step too, where there is a compiler (the first call on a machine waits a second for it).
+    """
+    params = params if dtype is None else {k: p.to(dtype) if p.is_floating_point() else p for k, p in params.items()}
+    groups = split_groups(params, cfg)
+    root = groups.pop("root")
+    table = root["embed.tokens.weight"]
+    at, rope = torch.arange(cfg.seq_len, device=table.device), cfg.positions == "rope"
+    rotation = rope_table(at, cfg, table.dtype) if rope else None
+    blocks = tuple(_joined(p) for p in groups.values())
+    wide = rope_table(at, cfg, torch.float32) if rope and lowered else None
+    return Prepared(root, blocks, rotation, native.lower(root, blocks, wide, cfg) if lowered else None)
+
+
+def _joined(p: Params) -> Params:
+    """A block's dict with one matrix for q, k and v."""
+    out = {name: w for name, w in p.items() if name.removeprefix("attn.")[:2] not in ("q.", "k.", "v.")}
+    kinds = [kind for kind in ("weight", "bias", "scale") if f"attn.q.{kind}" in p]
+    return out | {f"attn.qkv.{kind}": torch.cat([p[f"attn.{head}.{kind}"] for head in "qkv"]) for kind in kinds}
