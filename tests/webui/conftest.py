@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from flask.testing import FlaskClient
 
+from tests.webui import browser
+from tests.webui.browser import Browser
 from tests.webui.tiny import save
 from webui.app import create_app
 from webui.engine import Engine
@@ -27,6 +29,15 @@ def engine(runs: Path) -> Iterator[Engine]:
     running = Engine(Models([runs]), streams=4).start()
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = browser.found()
+    assert program is not None
+    page = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield page
+    page.close()
 
 
 @pytest.fixture

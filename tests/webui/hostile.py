@@ -114,3 +114,24 @@ OTHER = [
 ]
 CORPUS = [*HTML, *MARKDOWN, *OTHER]
 assert len(CORPUS) == len(set(CORPUS)) >= 100, len(CORPUS)
+
+# What a page says that ran or was kept from running; then what is in the document that must not be.
+WATCH = """
+window.ran = [];
+window.pwned = () => ran.push('ran');
+window.alert = pwned;
+document.addEventListener('securitypolicyviolation', (e) => ran.push(`${e.violatedDirective} ${e.blockedURI}`));
+"""
+SCAN = """(() => {
+  const found = [];
+  for (const node of document.querySelectorAll('*')) {
+    for (const {name, value} of node.attributes) {
+      const isOurs = name !== 'style' || node.matches('textarea, .bar, .menu, .thought, .tip');
+      const isScript = /^on/i.test(name) || /^\\s*(javascript|data|vbscript):/i.test(value);
+      if (isScript || !isOurs) found.push(`${node.tagName} ${name}=${value}`);
+    }
+    if (/^(IFRAME|OBJECT|EMBED|IMG|STYLE|BASE|FRAME|VIDEO|AUDIO|MATH)$/i.test(node.tagName)) found.push(node.tagName);
+    if (node.tagName === 'SCRIPT' && !node.src.startsWith(location.origin + '/static/')) found.push('SCRIPT');
+  }
+  return found;
+})()"""

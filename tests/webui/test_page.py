@@ -13,7 +13,7 @@ import pytest
 from tests.webui import browser
 from tests.webui.browser import Browser
 from tests.webui.echo import Echo, last, serving
-from tests.webui.hostile import CORPUS
+from tests.webui.hostile import CORPUS, SCAN, WATCH
 from webui.app import create_app
 from webui.engine import Engine
 
@@ -25,15 +25,6 @@ LAST = "[...document.querySelectorAll('.turn')].at(-1)"
 WORDS = f"{LAST}.querySelector('.words').textContent"
 TURNS = "[...document.querySelectorAll('.turn .words')].map(n => n.textContent.trim())"
 WIDTH = "document.documentElement.scrollWidth"
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = browser.found()
-    assert program is not None
-    page = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield page
-    page.close()
 
 
 class Page:
@@ -212,6 +203,92 @@ def test_tokens_and_another_in_the_place_of_one(page: Page) -> None:
     asked = page.echo.asked[-1]
     assert (asked["prompt"][-2:], asked["logprobs"]) == ([0, 2], 5)
     assert "messages" not in asked
+
+
+@pytest.mark.parametrize(("kind", "name"), [("chat", "talk"), ("text", "plain")])
+def test_surprise_is_shown_while_a_reply_is_written(page: Page, kind: str, name: str) -> None:
+    page.echo.kind, page.echo.names = kind, [name]
+    page.load()
+    page.echo.reply, page.echo.pause = (lambda body: ["word"] * 2000), 0.01
+    page.js("document.querySelector('#text').value = 'go'; document.querySelector('#composer').requestSubmit()")
+    tokens = "document.querySelectorAll('.writing .token')"
+    page.wait(f"{WORDS}.includes('word word word')")
+    assert page.js(f"{tokens}.length") == 0
+    page.js("document.querySelector('#think').click()")
+    page.wait(f"{tokens}.length > 20")
+    assert page.js(f"new Set([...{tokens}].map(n => n.className)).size") > 3
+    assert page.js(WORDS).removeprefix("go").startswith("word word word")
+    x, y = page.js(f"(r => [r.left + 3, r.top + 8])({tokens}[9].getBoundingClientRect())")
+    page.page.do("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    page.wait("document.querySelector('#thought').matches(':popover-open')")
+    count = page.js(f"{tokens}.length")
+    page.wait(f"{tokens}.length > {count} + 5")  # it goes on below the card
+    page.js(f"{tokens}[10].click()")
+    assert page.js("document.querySelector('#thought').matches(':popover-open')")
+    page.echo.reply = lambda body: ["end"]
+    page.js("document.querySelector('#thought button').click()")  # stops it, and goes on from there
+    page.done()
+    assert page.branches() == "2/2"
+    assert page.js(WORDS).removeprefix("go").startswith("word" + " word" * 9 + " word!")
+    while page.echo.left == 0:
+        page.wait("true")
+    page.page.key("ArrowLeft", 37)
+    assert "stopped" in page.js(f"{LAST}.textContent")
+
+
+def test_the_prompt_as_the_model_reads_it(page: Page) -> None:
+    page.js("document.querySelector('#text').focus()")
+    page.page.type("a é\n<b>")
+    page.wait("document.querySelector('#count').textContent === '8 tokens'")
+    page.page.click("#count")
+    pieces = page.js("[...document.querySelectorAll('#pieces .piece')].map(n => [n.textContent, n.title])")
+    assert [p[0] for p in pieces] == ["a", "·", "\\xc3", "\\xa9", "↵", "<", "b", ">"]
+    assert pieces[0][1] == f"token {ord('a')}"
+    assert page.js("document.querySelector('#count').getAttribute('aria-expanded')") == "true"
+    page.page.click("#count")
+    assert page.js("document.querySelector('#pieces').hidden")
+
+
+def test_temperature_by_slider_and_beyond_by_typing(page: Page) -> None:
+    page.js("document.querySelector('#slider').focus()")
+    for key, code, said in (("Home", 36, "0.01"), ("End", 35, "0.99"), ("ArrowLeft", 37, "0.98")):
+        page.page.key(key, code)
+        assert page.js("document.querySelector('#temperature').value") == said
+    for typed, sent in (("1.7", 1.7), ("0", 0)):
+        page.js("document.querySelector('#temperature').select()")
+        page.page.type(typed)
+        page.say("a")
+        assert page.echo.asked[-1]["temperature"] == sent
+    assert page.echo.asked[-1]["min_tokens"] == 5
+    page.js("document.querySelector('#temperature').select()")
+    page.page.type("-1")
+    page.js("document.querySelector('#text').value = 'b'; document.querySelector('#composer').requestSubmit()")
+    assert len(page.echo.asked) == 2
+    assert page.js("document.activeElement.id") == "temperature"
+
+
+def test_the_step_that_answered_is_said(page: Page) -> None:
+    page.say("a")
+    assert "step 7 · " in page.js(f"{LAST}.querySelector('.figures').textContent")
+
+
+def test_a_conversation_of_hundreds_of_turns(page: Page) -> None:
+    page.js("""(async () => {
+      const [t, s] = [await import('/static/tree.js'), await import('/static/store.js')];
+      const talk = t.begin('talk', 'chat');
+      for (let i = 0; i < 400; i++) t.add(talk, t.last(talk), {role: i % 2 ? 'assistant' : 'user', content: `turn ${i}`, finish: 'stop', model: 'talk'});
+      s.keep(talk);
+    })()""")  # noqa: E501
+    page.load()
+    begun = time.monotonic()
+    page.js("document.querySelector('#conversations .title').click()")
+    assert len(page.turns()) == 400
+    box = "document.querySelector('#scroll')"
+    page.wait(f"{box}.scrollHeight - {box}.scrollTop - {box}.clientHeight < 48")
+    page.say("more")
+    assert time.monotonic() - begun < 20  # 1 where it was written
+    assert page.turns()[-2:] == ["more", "more"]
+    assert len(page.echo.asked[-1]["messages"]) == 401
 
 
 def test_a_plain_model_writes_one_text(page: Page) -> None:
@@ -405,28 +482,10 @@ def test_every_control_has_a_name(page: Page) -> None:
     assert not [role for role, name in named if role in roles and not name]
 
 
-SCAN = """(() => {
-  const found = [];
-  for (const node of document.querySelectorAll('*')) {
-    for (const {name, value} of node.attributes) {
-      const isOurs = name !== 'style' || node.matches('textarea, .bar, .menu, .thought');
-      const isScript = /^on/i.test(name) || /^\\s*(javascript|data|vbscript):/i.test(value);
-      if (isScript || !isOurs) found.push(`${node.tagName} ${name}=${value}`);
-    }
-    if (/^(IFRAME|OBJECT|EMBED|IMG|STYLE|BASE|FRAME|VIDEO|AUDIO|MATH)$/i.test(node.tagName)) found.push(node.tagName);
-    if (node.tagName === 'SCRIPT' && !node.src.startsWith(location.origin + '/static/')) found.push('SCRIPT');
-  }
-  return found;
-})()"""
-
-
 def test_nothing_untrusted_runs(page: Page) -> None:
     page.echo.names = CORPUS
     page.echo.reply = lambda body: [str(body["messages"][-1]["content"])]
-    page.page.do("Page.addScriptToEvaluateOnNewDocument", source=(
-        "window.ran = []; window.pwned = () => ran.push('ran'); window.alert = pwned;"
-        "document.addEventListener('securitypolicyviolation', e => ran.push(e.violatedDirective + ' ' + e.blockedURI));"
-    ))  # fmt: skip
+    page.page.do("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
     page.load()
     for i, words in enumerate(CORPUS):
         page.js(f"document.querySelector('#model-button').click(); document.querySelectorAll('.choice')[{i}].click()")
