@@ -14,12 +14,13 @@ from typing import Any
 
 import click
 
+from cli import speculation
 from cli.main import INTERRUPTED
 from fnlm import trained
 from fnlm.checkpoint import CheckpointError
 from fnlm.sampling import Settings
 from webui.engine import Engine, Failure, Job, Refused
-from webui.models import About, Models, Precision
+from webui.models import About, Models, Precision, dtype_of
 
 HELP = """\
 /regen          the last answer again, otherwise
@@ -28,7 +29,7 @@ HELP = """\
 /temp X         temperature: 0 takes the likeliest token, 0.8 is usual, 1 as trained
 /topk N         draw from the N likeliest tokens; 0: from all
 /tokens N       at most N tokens an answer; 0: as many as fit
-/save FILE      write the conversation as JSON
+/save FILE      write the conversation as JSON; /save! FILE over one that is there
 /help, /exit    Ctrl-C stops an answer, a second one leaves; // begins a line with a slash"""
 
 
@@ -39,6 +40,8 @@ HELP = """\
 @click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that together have P.")
 @click.option("--min-tokens", default=0, type=click.IntRange(0), metavar="N", help="At least N tokens an answer.")
 @click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="At most N tokens an answer.")
+@click.option("--slide", is_flag=True, help="An answer may outgrow the context: it goes on from its newest half.")
+@speculation.option
 @click.option("--system", metavar="TEXT", help="Instructions that precede the conversation.")
 @click.option("--seed", type=int, metavar="N", help="The same answers again. [default: others each time]")
 @click.option("--precision", default="auto", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the parameters.")
@@ -50,6 +53,8 @@ def command(
     top_p: float | None,
     min_tokens: int,
     max_new_tokens: int | None,
+    slide: bool,
+    speculate: str | None,
     system: str | None,
     seed: int | None,
     precision: Precision,
@@ -64,7 +69,11 @@ def command(
     settings: dict[str, Any] = {k: v for k, v in {**given, "max_tokens": max_new_tokens}.items() if v is not None}
     Settings(**{"max_tokens": None, **settings})  # what is wrong is said before the model is loaded
     about, models = only(model, precision, quantize)
-    talk = Talk(about, Engine(models, streams=1).start(), settings, system, seed)
+    begin = speculation.begin_of(
+        speculate, "cpu", lambda n: dtype_of(precision, "cpu", n), models.reader(about.name).tokenizer
+    )
+    engine = Engine(models, streams=1, draft=lambda _: begin)
+    talk = Talk(about, engine.start(), settings, system, seed, slide=slide)
     try:
         code = talk.run()
     finally:
@@ -97,6 +106,7 @@ class Talk:
     system: str | None = None
     seed: int | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
+    slide: bool = False
     turns: int = 0
     code: int = 0
     terminal: bool = field(default_factory=lambda: sys.stdin.isatty())
@@ -190,9 +200,9 @@ class Talk:
         self.turns += 1
         seed = secrets.randbits(32) if self.seed is None else self.seed + self.turns
         if not self.about.chat:
-            return Job(self.about.name, None, self.text(), True, self.settings, seed)
+            return Job(self.about.name, None, self.text(), True, self.settings, seed, slide=self.slide)
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return Job(self.about.name, [*system, *self.messages], settings=self.settings, seed=seed)
+        return Job(self.about.name, [*system, *self.messages], settings=self.settings, seed=seed, slide=self.slide)
 
     def fail(self, failure: Failure) -> None:
         """Say why there is no answer; through a pipe it decides the exit code."""
@@ -216,8 +226,8 @@ class Talk:
             note("(instructions set)" if rest else "(no instructions)")
         elif name == "regen":
             self.regenerate()
-        elif name == "save":
-            self.save(rest)
+        elif name in ("save", "save!"):
+            self.save(rest, over=name == "save!")
         else:
             note(f"there is no /{name}; /help lists what there is")
         return False
@@ -248,15 +258,19 @@ class Talk:
         if not self.answer():
             self.messages.append(old)
 
-    def save(self, name: str) -> None:
-        """Write the conversation as a line of JSON that `fnlm prepare` reads."""
+    def save(self, name: str, over: bool = False) -> None:
+        """Write the conversation as a line of JSON that `fnlm prepare` reads; `over` a file that is there."""
         if not name:
             note("where to? /save FILE")
             return
         system = [{"role": "system", "content": self.system}] if self.system else []
         body = {"messages": [*system, *self.messages]} if self.about.chat else {"text": self.text()}
         try:
-            Path(name).write_text(json.dumps(body, ensure_ascii=False) + "\n", encoding="utf-8")
+            with open(name, "w" if over else "x", encoding="utf-8") as file:
+                file.write(json.dumps(body, ensure_ascii=False) + "\n")
+        except FileExistsError:
+            note(f"{name} is there already; /save! {name} writes over it")
+            return
         except OSError as error:
             note(f"{name}: {error.strerror}")
             return

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import click
 import torch
 
+from cli import speculation
 from cli.eval import checkpoint_of
 from fnlm import random, trained
 from fnlm.data import DataError
 from fnlm.decode import prepare
 from fnlm.generate import Generation, beginning, complete, encoded, stream
 from fnlm.sampling import Settings
+from fnlm.tokens import SINKS
 from fnlm.trained import Trained, Which
 
 FILE = "FILE:"
@@ -50,6 +52,9 @@ class Prompt(NamedTuple):
 @click.option("--min-p", type=float, metavar="P", help="Drop what has less than P of the likeliest's.")
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, metavar="R", help="Above 1: less.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text.")
+@click.option("--slide", is_flag=True, help="Past the context's end go on from its beginning and its newest half.")
+@click.option("--keep", type=click.IntRange(0), metavar="N", help="First tokens that a text keeps then. [default: 4]")
+@speculation.option
 @click.option("--seed", type=int, metavar="N", help="The same seed, the same text. [default: a new one]")
 @click.option("--chat/--plain", default=None, help="A user's message, or text to go on with. [default: as trained]")
 @click.option(
@@ -66,6 +71,9 @@ def command(
     max_new_tokens: int | None,
     seed: int | None,
     chat: bool | None,
+    slide: bool,
+    keep: int | None,
+    speculate: str | None,
     checkpoint: str,
     no_ema: bool,
     device: str | None,
@@ -80,26 +88,36 @@ def command(
     """
     seed = secrets.randbits(32) if seed is None else seed
     settings = settings_of(max_new_tokens, seed, **options)
+    if slide and settings.max_tokens is None:
+        raise ValueError("--slide has no end of its own; give --max-new-tokens above 0")
     texts = [text_of(prompt) for prompt in prompts]
     to = device_of(device)
     at = checkpoint_of(model, checkpoint)
     which: Which = "newest" if checkpoint == "newest" else "best"
     found = trained.load(at, which, average=not no_ema, device=to, dtype=DTYPES[precision])
-    asked = prompts_of(found, texts, found.is_chat if chat is None else chat)
+    asked = prompts_of(found, texts, found.is_chat if chat is None else chat, slide)
+    begin = speculation.begin_of(speculate, to, lambda _: DTYPES[precision], found.tokenizer)
+    how: dict[str, Any] = {"draft": begin, "slide": slide, "keep": SINKS if keep is None else keep}
     if to == "cpu" and sum(p.numel() for p in found.params.values()) < SMALL:
         torch.set_num_threads(1)
     start = time.perf_counter()
     rows = [prompt for prompt in asked for _ in range(num_samples)]
-    made = samples(found, rows, settings, show=not as_json, echo=not (found.is_chat if chat is None else chat))
+    echo = not (found.is_chat if chat is None else chat)
+    made = samples(found, rows, settings, show=not as_json, echo=echo, how=how)
     seconds = time.perf_counter() - start
     if as_json:
         click.echo(json.dumps(report(found, model, rows, made, settings, seconds), indent=2))
     count = sum(len(g.ids) for g in made)
     click.echo(
         f"{model}, step {found.step}: {count} tokens, {count / seconds:.0f} a second, seed {seed}, "
-        f"ended by {', '.join(sorted({g.finish for g in made}))}",
+        f"ended by {', '.join(sorted({g.finish for g in made}))}{guessed(made) if speculate else ''}",
         err=True,
     )
+
+
+def guessed(made: Sequence[Generation]) -> str:
+    """How well drafts went."""
+    return f"; {sum(g.accepted for g in made)} of {sum(g.drafted for g in made)} drafted tokens were right"
 
 
 def settings_of(max_new_tokens: int | None, seed: int, greedy: bool, **options: Any) -> Settings:
@@ -138,13 +156,13 @@ def text_of(prompt: str) -> str:
         raise DataError(f"{name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
-def prompts_of(found: Trained, texts: Sequence[str], chat: bool) -> list[Prompt]:
+def prompts_of(found: Trained, texts: Sequence[str], chat: bool, slide: bool = False) -> list[Prompt]:
     """The ids of the prompts; the beginning of a document without any. Raises ValueError for those that do not fit."""
     if chat and not all(text.strip() for text in texts or [""]):
         raise ValueError("what to say to it? give --prompt TEXT, or --plain for text that begins by itself")
     asked = [Prompt(text, encoded(found.tokenizer, text, chat)) for text in texts]
     for prompt in asked:
-        if len(prompt.ids) >= found.cfg.seq_len:
+        if len(prompt.ids) >= found.cfg.seq_len and not slide:
             raise ValueError(
                 f"the prompt {prompt.text[:20]!r}... has {len(prompt.ids)} tokens, the model's context only "
                 f"{found.cfg.seq_len} for prompt and reply; shorten it to {found.cfg.seq_len - 1} at most"
@@ -152,7 +170,9 @@ def prompts_of(found: Trained, texts: Sequence[str], chat: bool) -> list[Prompt]
     return asked or [Prompt("", beginning(found.tokenizer))]
 
 
-def samples(found: Trained, rows: Sequence[Prompt], settings: Settings, show: bool, echo: bool) -> list[Generation]:
+def samples(
+    found: Trained, rows: Sequence[Prompt], settings: Settings, show: bool, echo: bool, how: dict[str, Any]
+) -> list[Generation]:
     """A text for each row, the same whatever the others are, printed where `show`, behind its prompt where `echo`."""
     params = prepare(found.params, found.cfg)
     keys = random.fold_in(random.key(settings.seed or 0), torch.arange(len(rows)))
@@ -160,14 +180,14 @@ def samples(found: Trained, rows: Sequence[Prompt], settings: Settings, show: bo
     if show and len(rows) == 1:
         if echo:
             click.echo(rows[0].text, nl=False)
-        said = shown(stream(params, found.cfg, found.tokenizer, rows[0].ids, settings, keys[:1]))
+        said = shown(stream(params, found.cfg, found.tokenizer, rows[0].ids, settings, keys[:1], **how))
         click.echo()
         return [said]
     made = []
     for at in range(0, len(rows), TOGETHER):
         part = rows[at : at + TOGETHER]
         ids = [prompt.ids for prompt in part]
-        these = complete(params, found.cfg, found.tokenizer, ids, settings, keys[at : at + TOGETHER])
+        these = complete(params, found.cfg, found.tokenizer, ids, settings, keys[at : at + TOGETHER], **how)
         for i, (prompt, said) in enumerate(zip(part, these, strict=True), at):
             if show:
                 click.echo((LINE + "\n" if i else "") + (prompt.text if echo else "") + said.text)
@@ -201,4 +221,10 @@ def report(
         ],
         "seconds": seconds,
         "tokens_per_second": sum(len(g.ids) for g in made) / seconds,
-    }
+    } | ({"speculation": acceptance(made)} if any(g.drafted for g in made) else {})
+
+
+def acceptance(made: Sequence[Generation]) -> dict[str, float]:
+    """Of drafts: how many tokens there were, how many of them the model says too, and their share."""
+    drafted, accepted = sum(g.drafted for g in made), sum(g.accepted for g in made)
+    return {"drafted": drafted, "accepted": accepted, "acceptance_rate": accepted / drafted}

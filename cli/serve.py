@@ -22,6 +22,7 @@ from urllib.parse import quote
 import click
 import waitress
 
+from cli import speculation
 from cli.sample import device_of
 from cli.tables import columns, in_si
 from fnlm import trained
@@ -31,7 +32,7 @@ from webui.app import BODY_LIMIT, create_app
 from webui.checkpoints import NEWEST
 from webui.engine import Engine
 from webui.follow import Runs
-from webui.models import About, Models, Precision
+from webui.models import About, Models, Precision, dtype_of
 
 FLUSH = 2.0  # seconds for clients to take the end of their replies
 SPARE_THREADS = 8  # for the page and the lists while every stream is taken
@@ -47,6 +48,7 @@ SPARE_THREADS = 8  # for the page and the lists while every stream is taken
 @click.option("--max-streams", default=32, show_default=True, type=click.IntRange(1, 512), help="Replies at once.")
 @click.option("--precision", default="auto", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the parameters.")
 @click.option("--quantize", is_flag=True, help="Matrices in int8: half of bf16, for large models on a CPU.")
+@speculation.option
 @click.option("--device", metavar="D", help="cpu, cuda or cuda:1. [default: a GPU if there is one]")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB", help="Of loaded models' parameters.")
 @click.option(
@@ -62,6 +64,7 @@ def command(
     max_streams: int,
     precision: Precision,
     quantize: bool,
+    speculate: str | None,
     device: str | None,
     memory: float | None,
     grace: float,
@@ -81,7 +84,8 @@ def command(
     about = list(models.about().values())
     if not about and follow is None:
         raise CheckpointError(f"{' '.join(map(str, models.folders))} holds no model; train one with 'fnlm train' first")
-    engine = Engine(models, streams=max_streams)
+    draft = speculation.drafting(speculate, models.device, lambda n: dtype_of(precision, models.device, n))
+    engine = Engine(models, streams=max_streams, draft=draft)
     place = bound(host, port)
     runs = Runs(models, follow)
     app = create_app(engine, api_key or None, is_loopback(host), runs)

@@ -215,12 +215,9 @@ def _shared(body: Mapping[str, Any], refused: Mapping[str, str]) -> tuple[dict[s
     return settings(body), secrets.randbits(32) if seed is None else seed, whole(body, "n", 1, MOST_CHOICES) or 1
 
 
-def sliding(body: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+def sliding(body: Mapping[str, Any]) -> dict[str, Any]:
     """Whether a text may go on past the context's end, and how many first tokens it then keeps."""
-    slide, keep = flag(body, "slide"), whole(body, "slide_keep", 0, MOST_TOKENS)
-    if slide and "max_tokens" not in chosen:
-        raise wrong("max_tokens", "given where slide is true: such a text has no end of its own")
-    return {"slide": slide, "keep": keep}
+    return {"slide": flag(body, "slide"), "keep": whole(body, "slide_keep", 0, MOST_TOKENS)}
 
 
 def chat_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> list[Job]:
@@ -234,7 +231,7 @@ def chat_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> list[Job]
     if top is not None and not flag(body, "logprobs"):
         raise wrong("top_logprobs", "left out, or asked for together with logprobs: true")
     top = (top or 0) if flag(body, "logprobs") else None
-    slide = sliding(body, chosen)
+    slide = sliding(body)
     return [Job(about.name, messages, settings=chosen, seed=seed + i, top=top, **slide) for i in range(n)]
 
 
@@ -253,7 +250,7 @@ def completion_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> lis
     truncate, top = flag(body, "truncate"), None
     if body.get("logprobs") is not False:  # as some clients say it
         top = whole(body, "logprobs", 0, MOST_LOGPROBS)
-    more = {"scored": echo and top is not None, "only": only, **sliding(body, chosen)}
+    more = {"scored": echo and top is not None, "only": only, **sliding(body)}
     return [Job(about.name, None, p, truncate, chosen, seed + i, top, **more) for p in prompts for i in range(n)]
 
 

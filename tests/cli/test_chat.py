@@ -64,6 +64,9 @@ def test_commands(runs: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         assert line in result.stderr.splitlines()
     assert "temperature=-1.0" in result.stderr
+    again = fnlm(runs / "talk", said=f"/save {file}\nhello\n/save! {file}\n/save {tmp_path}\n")
+    assert f"{file} is there already; /save! {file} writes over it" in again.stderr.splitlines()
+    assert json.loads(file.read_text(encoding="utf-8"))["messages"][0]["content"] == "hello"
     assert chat.HELP.splitlines()[0] in result.stderr
 
 

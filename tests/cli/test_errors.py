@@ -54,7 +54,7 @@ MISTAKES = [
     ("train demo data/tale --config odd.yaml", USAGE, r"odd\.yaml: there is no setting 'train\.lrr'; did you mean .*"),
     ("train demo data/tale ", USAGE, r"an empty word \(''\) names nothing; .*"),
     ("train demo data/tale ema=2", USAGE, r"ema=2\.0 is outside \[0, 1\); choose e\.g\. 0\.999"),
-    ("train demo data/tale batch_size=4 ramp=[[2,8]]", USAGE, r"ramp has 8 sequences, more than the full step of 4; .*"),
+    ("train demo data/tale batch_size=4 ramp=[[2,8]]", USAGE, r"ramp has 8 sequences, more than the full step of 4.*"),
     # what is trained
     ("train demo data/tale freeze=embde", USAGE, r"freeze has 'embde', which no parameter is called; .* 'embed'\?"),
     ("train demo data/tale freeze=*", USAGE, r"freeze=\* leaves nothing to train; .*"),
@@ -122,6 +122,11 @@ MISTAKES = [
     ("eval runs/tiny --seq-len 99999", USAGE, r".*99999.*"),
     ("chat runs/tiny --temperature -1", USAGE, r".*temperature.*-1.*"),
     ("sample runs/tiny --top-p 7", USAGE, r".*top_p=7.*"),
+    ("sample runs/tiny --slide --max-new-tokens 0", USAGE, r"--slide has no end of its own; give --max-new-tokens .*"),
+    ("sample runs/tiny --slide --keep 999", USAGE, r"keep=999 and half of a context of .* keep \d+ or fewer"),
+    ("sample runs/tiny --speculate runs/tny", BAD, r"there is no runs/tny; did you mean 'tiny'\?"),
+    ("serve runs/tiny --speculate runs/torn", BAD, r".*runs/torn.*"),
+    ("chat runs/tiny --speculate runs/none", BAD, r"there is no runs/none.*"),
     ("sample runs/tiny --prompt FILE:none.txt", FAILURE, r"none\.txt: No such file or directory"),
     ("sample runs/tiny --prompt FILE:latin1.txt", BAD, r"latin1\.txt.*UTF-8.*"),
 ]  # fmt: skip

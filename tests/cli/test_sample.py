@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -182,3 +183,31 @@ def test_a_file_that_is_not_text() -> None:
     Path("noise.txt").write_bytes(b"ab\xff")
     result = fnlm("letters", "--prompt", "FILE:noise.txt")
     assert (result.exit_code, result.stderr) == (4, "error: noise.txt is not UTF-8 at byte 2; save it as UTF-8\n")
+
+
+@pytest.mark.parametrize("by", ["lookup", "letters"])
+def test_speculation(by: str) -> None:
+    words = ("letters", "--prompt", "abcabcab", "--greedy", "--max-new-tokens", "30", "--json", "--num-samples", "2")
+    found, plain = (json.loads(good(*words, *more)) for more in (("--speculate", by), ()))
+    assert [s["text"] for s in found["samples"]] == [s["text"] for s in plain["samples"]]
+    said = found["speculation"]
+    assert said["acceptance_rate"] == said["accepted"] / said["drafted"]
+    assert by == "lookup" or said["acceptance_rate"] == 1
+    assert "speculation" not in plain
+    result = fnlm(*words[:-3], "--speculate", by)
+    assert re.search(r"; \d+ of \d+ drafted tokens were right$", result.stderr.strip())
+
+
+def test_a_draft_with_another_tokenizer_is_refused() -> None:
+    result = fnlm("letters", "--speculate", "talk")
+    assert (result.exit_code, result.stderr) == (
+        2, "error: --speculate talk has another tokenizer; name a model that has the same, or lookup\n",
+    )  # fmt: skip
+
+
+def test_a_text_slides() -> None:
+    words = ("letters", "--prompt", "abc", "--seed", "1", "--slide", "--max-new-tokens", "100", "--json")
+    (one,) = json.loads(good(*words))["samples"]
+    assert (one["tokens"], one["finish"]) == (100, "length")
+    (long,) = json.loads(good(*words, "--prompt", "a" * 70, "--keep", "0"))["samples"][1:]
+    assert (long["tokens"], long["prompt_tokens"]) == (100, 70)

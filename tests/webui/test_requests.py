@@ -143,8 +143,8 @@ def test_a_conversation_that_slides_keeps_its_instructions(folder: Path, monkeyp
     assert client.post(CHAT, json=asked).get_json()["usage"]["completion_tokens"] == 120
     found = bytes(i for i in seen[0] if i < 256).decode()
     assert found.startswith("system\nBe brief.\n")
-    refused = client.post(CHAT, json={**asked, "max_tokens": None, "min_tokens": 0})
-    assert (refused.status_code, refused.get_json()["error"]["param"]) == (400, "max_tokens")
+    whole = client.post(CHAT, json={**asked, "max_tokens": None, "min_tokens": 900}).get_json()
+    assert whole["usage"]["completion_tokens"] == 128  # without a limit as many as the context has
     engine.stop()
 
 
