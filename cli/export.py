@@ -11,13 +11,12 @@ import torch
 
 from cli.eval import checkpoint_of
 from fnlm import trained
-from fnlm.checkpoint import CheckpointError
-from fnlm.interop import TARGETS, Model, homes, parity, to_gguf, to_hf
+from fnlm.interop import TARGETS, Model, homes, parity, to_gguf, to_hf, to_peft
 from fnlm.params import cast
 from fnlm.trained import Which
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPES_OF = {"hf": tuple(DTYPES), "gguf": ("fp32", "fp16", "q8_0")}
+DTYPES_OF = {"hf": tuple(DTYPES), "gguf": ("fp32", "fp16", "q8_0"), "peft": tuple(DTYPES)}
 
 
 @click.command()
@@ -46,12 +45,18 @@ def command(
     """Write a model in the files of other software.
 
     MODEL is a run, a checkpoint, or what `fnlm import` takes. hf is a folder that AutoModelForCausalLM and
-    AutoTokenizer read; gguf a file of llama.cpp's, for the Llama family. Where transformers is installed a folder is
+    AutoTokenizer read; gguf a file of llama.cpp's, for the Llama family;
+    peft the adapters alone of a run with lora, for the model it began with. Where transformers is installed a folder is
     compared with the model, and its PARITY.json says how far they agree.
     """
     if dtype and dtype not in DTYPES_OF[target]:
         raise ValueError(f"--dtype {dtype} is not for {target}; choose from {', '.join(DTYPES_OF[target])}")
     which: Which = "newest" if checkpoint == "newest" else "best"
+    if target == "peft":
+        folder = out or Path("exports") / f"{Path(model).resolve().name}-peft"
+        told_of = adapters_to(checkpoint_of(model, checkpoint), which, not no_ema, folder, dtype, force)
+        click.echo(json.dumps(told_of, indent=2) if as_json else f"{folder}: adapters of {told_of['base']}")
+        return
     found = trained.load(checkpoint_of(model, checkpoint), which, average=not no_ema, dtype="saved")
     name = Path(model).stem if Path(model).is_file() else Path(model).resolve().name
     if target == "gguf":
@@ -62,8 +67,6 @@ def command(
     params = cast(found.params, DTYPES[dtype]) if dtype else found.params
     leaving = Model(found.cfg, params, found.tokenizer, found.config)
     folder = out or Path("exports") / name
-    if force and folder.is_dir() and any(folder.iterdir()) and not (folder / "PARITY.json").is_file():
-        raise CheckpointError(f"{folder} holds what no export has written; choose another --out")
     comparing = parity.is_possible() and not no_parity
     said = to_hf(leaving, folder, force, parity.parity if comparing else None)
     architecture = homes.home(found.cfg).architecture
@@ -75,6 +78,18 @@ def command(
         raise click.ClickException(
             f"{folder} is not the same model: {failed(said)}; {folder / 'PARITY.json'} says more"
         )
+
+
+def adapters_to(
+    path: str | Path, which: Which, average: bool, folder: Path, dtype: str | None, force: bool
+) -> dict[str, Any]:
+    """Write a run's adapters for `peft`; returns what there is to say."""
+    found = trained.adapters(path, which, average)
+    came = found.config.get("interop", {})
+    base = str(came["source"] if came.get("format") == "hf" else found.config.get("init_from"))
+    params = cast(found.params, DTYPES[dtype]) if dtype else found.params
+    to_peft(found.cfg, params, found.rank, found.scale, base, folder, force)
+    return {"path": str(folder), "to": "peft", "base": base, "rank": found.rank, "scale": found.scale}
 
 
 def told(said: dict[str, Any]) -> str:

@@ -41,6 +41,16 @@ class Trained(NamedTuple):
         return bool(self.config.get("kind") == "chat")
 
 
+class Adapters(NamedTuple):
+    """Low-rank adapters and what they are added times (`fnlm.lora`); `config` is the run's."""
+
+    cfg: ModelConfig
+    params: Params
+    rank: int
+    scale: float
+    config: dict[str, Any]
+
+
 class Found(NamedTuple):
     """A model that a folder holds: `name` is its path below that folder, `path` what `load` takes."""
 
@@ -76,6 +86,18 @@ def load(
             f"{at}: its tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={cfg.vocab_size}"
         )
     return Trained(cfg, _moved(params, device, dtype), tokenizer, at, about["step"], extra, config)
+
+
+def adapters(path: str | Path, which: Which = "best", average: bool = True) -> Adapters:
+    """The adapters of a run that was trained with `lora`, apart from its model. CheckpointError where there are none."""
+    at = locate(path, which)
+    config = {} if interop.is_foreign(at) else json.loads((at / "config.json").read_text(encoding="utf-8"))
+    scale = scale_of(config)
+    if scale is None:
+        raise CheckpointError(f"{at} has no adapters: it was not trained with lora=RANK")
+    cfg, params, _ = checkpoint.load_params(at, average=average)
+    own = {k: p for k, p in params.items() if lora.is_adapter(k)}
+    return Adapters(cfg, own, int(config["train"]["lora"]), scale, config)
 
 
 def scale_of(config: dict[str, Any]) -> float | None:

@@ -13,11 +13,12 @@ from fnlm.interop import gguf, hf, hub, llama2c, nanogpt
 from fnlm.interop.export import Model, to_hf
 from fnlm.interop.foreign import Foreign, carried, check_tokenizer, described, read_tokenizer, speaks_chatml
 from fnlm.interop.gguf_out import to_gguf
+from fnlm.interop.peft import to_peft
 from fnlm.interop.written import write, write_run
 
 FORMATS = ("hf", "gguf", "llama2c", "nanogpt")
 READERS = {"gguf": gguf.read, "llama2c": llama2c.read, "nanogpt": nanogpt.read}
-TARGETS = ("hf", "gguf")
+TARGETS = ("hf", "gguf", "peft")
 
 
 def find(path: str | Path) -> Path | None:
@@ -69,6 +70,7 @@ __all__ = [
     "speaks_chatml",
     "to_gguf",
     "to_hf",
+    "to_peft",
     "write",
     "write_run",
 ]
