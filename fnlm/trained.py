@@ -89,7 +89,7 @@ def load(
 
 
 def adapters(path: str | Path, which: Which = "best", average: bool = True) -> Adapters:
-    """The adapters of a run that was trained with `lora`, apart from its model. CheckpointError where there are none."""
+    """The adapters of a run trained with `lora`, apart from its model. CheckpointError where there are none."""
     at = locate(path, which)
     config = {} if interop.is_foreign(at) else json.loads((at / "config.json").read_text(encoding="utf-8"))
     scale = scale_of(config)
