@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from fnlm import __version__, interop, params, tokenizers
-from fnlm.checkpoint import CheckpointError
 from fnlm.interop import FORMATS, Foreign
 from fnlm.tokenizers import Tokenizer
 
@@ -31,8 +30,6 @@ def command(source: str, kind: str | None, out: Path | None, tokenizer: str | No
     model = interop.read(at, kind)
     vocabulary = tokenizer_for(model, tokenizer)
     folder = out or Path("runs") / (Path(source).stem if Path(source).is_file() else Path(source).resolve().name)
-    if force and folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoints").is_dir():
-        raise CheckpointError(f"{folder} is no run, and is not replaced; choose another --out")
     interop.write(model, vocabulary, folder, force, fnlm=__version__)
     count = params.count(model.cfg)
     about = {"run": str(folder), "format": model.format, "architecture": model.architecture, "parameters": count}

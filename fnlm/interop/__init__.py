@@ -43,6 +43,10 @@ def read(path: str | Path, kind: str | None = None) -> Foreign:
     if kind in (None, "hf") and path.is_dir():
         if not (path / hf.CONFIG).is_file():
             raise CheckpointError(f"{path} has no config.json; name a folder as Hugging Face lays them out")
+        if (path / "checkpoints").is_dir() or (path / "COMMITTED").is_file():
+            raise CheckpointError(
+                f"{path} is fnlm's own, which every command takes as it is; there is nothing to import"
+            )
         return hf.read(path)
     if path.is_file():
         kind = kind or next((k for k, found in (("gguf", gguf), ("llama2c", llama2c)) if found.is_file(path)), None)

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fnlm.checkpoint.files import CheckpointError, safetensors, write_file
+from fnlm.checkpoint.files import safetensors, write_file
 from fnlm.config import ModelConfig
 from fnlm.interop import outward
 from fnlm.interop.hf import KEPT
 from fnlm.interop.homes import cut, home, theirs
+from fnlm.interop.written import must_be_free
 from fnlm.tokenizers import Tokenizer
 from fnlm.types import Params
+
+PARITY = "PARITY.json"
 
 
 class Model(NamedTuple):
@@ -46,24 +49,29 @@ def to_hf(
 ) -> dict[str, Any]:
     """Write the folder, there when it is whole, and return what `check` says of it, which PARITY.json keeps.
 
-    ValueError for a config without a home; CheckpointError where `out` holds something, unless `force`.
+    ValueError for a config without a home; CheckpointError where `out` holds something, unless it is such an export and
+    `force`.
     """
+    must_be_free(out, force, is_export, "holds what no export has written; choose another --out")
     home(model.cfg)
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists; choose another --out, or replace it: --force")
     leaving = exported(model)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         _write(leaving, temporary)
         said = check(temporary, leaving) if check else {"checked": False}
-        _json(temporary / "PARITY.json", said)
+        _json(temporary / PARITY, said)
         if out.exists():
             shutil.rmtree(out)
         os.rename(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return said
+
+
+def is_export(path: Path) -> bool:
+    """Whether a folder was written by `to_hf`."""
+    return (path / PARITY).is_file() and (path / "config.json").is_file()
 
 
 def _write(model: Model, folder: Path) -> None:

@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fnlm.checkpoint.files import CheckpointError, raw, write_file
+from fnlm.checkpoint.files import raw, write_file
 from fnlm.interop.export import Model, exported
 from fnlm.interop.families import LLAMA
-from fnlm.interop.gguf import ALIGNMENT, ARRAY, CONTROL, CUTS, MAGIC, STRING, ties
+from fnlm.interop.gguf import ALIGNMENT, ARRAY, CONTROL, CUTS, MAGIC, STRING, is_file, ties
 from fnlm.interop.homes import obstacles
 from fnlm.interop.outward import ids_of, template_of, tokenizer_json
 from fnlm.interop.ties import filled, join
 from fnlm.interop.vocabulary import UNKNOWN
+from fnlm.interop.written import must_be_free
 from fnlm.tokenizers import Char
 
 KINDS = {"fp32": 0, "fp16": 1, "q8_0": 8}
@@ -31,12 +32,12 @@ UINT32, INT32, FLOAT32, BOOL = 4, 5, 6, 7
 def to_gguf(model: Model, out: Path, kind: str = "fp16", force: bool = False) -> None:
     """Write the file, there when it is whole. Norms stay F32; a matrix that has no whole blocks is F16 instead of Q8_0.
 
-    ValueError for a config or tokenizer that has no home there; CheckpointError where `out` exists, unless `force`.
+    ValueError for a config or tokenizer that has no home there; CheckpointError where `out` exists, unless it is a GGUF
+    file and `force`.
     """
     leaving = exported(model)
     about = described(leaving, KINDS[kind])
-    if out.exists() and not force:
-        raise CheckpointError(f"{out} exists; choose another --out, or replace it: --force")
+    must_be_free(out, force, is_file, "is no GGUF file, and is not replaced; choose another --out")
     whole = filled(leaving.params, leaving.cfg)
     made = {t.theirs: packed(join(t, whole, leaving.cfg), KINDS[kind]) for t in ties(leaving.cfg)}
     head = struct.pack("<4sIQQ", MAGIC, 3, len(made), len(about))

@@ -1,0 +1,90 @@
+"""`fnlm diff`: how far the parameters of one model lie from another's, as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.eval import checkpoint_of
+from cli.merge import check
+from cli.tables import columns
+from fnlm import merging, trained
+from fnlm.merging import Distance
+from fnlm.report.changes import changes
+from fnlm.trained import Which
+
+TOP = 20
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option(
+    "--checkpoint",
+    default="best",
+    show_default=True,
+    metavar="C",
+    help="Of each run: best, newest, or a step's number.",
+)
+@click.option("--no-ema", is_flag=True, help="Not the average of the parameters, where a run kept one.")
+@click.option("--top", type=click.IntRange(1), default=TOP, show_default=True, metavar="N", help="Lines of the table.")
+@click.option("--all", "every", is_flag=True, help="A line for each parameter.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="A picture and the table as an HTML page.")
+@click.option("--json", "as_json", is_flag=True, help="All figures as JSON.")
+def command(
+    a: str, b: str, checkpoint: str, no_ema: bool, top: int, every: bool, out: Path | None, as_json: bool
+) -> None:
+    """Say how far each parameter of B lies from A's.
+
+    The relative change is |b - a| / |a|; then the largest change of a single number, and the cosine between both. The
+    most changed come first.
+    """
+    which: Which = "newest" if checkpoint == "newest" else "best"
+    if out and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / 'diff.html'}")
+    models = [
+        trained.load(checkpoint_of(name, checkpoint), which, average=not no_ema, dtype="saved") for name in (a, b)
+    ]
+    check((a, b), models)
+    found = merging.distances(models[0].params, models[1].params)
+    whole = found.pop("")
+    if out:
+        write(out, changes(a, b, found, whole))
+    order = sorted(found, key=lambda name: -found[name].relative)
+    if as_json:
+        rows = {name: plain(found[name]) for name in order}
+        click.echo(json.dumps({"a": a, "b": b, "all": plain(whole), "parameters": rows}, indent=2))
+        return
+    head = ["parameter", "relative", "largest", "cosine"]
+    shown = order if every else order[:top]
+    table = [["all of them", *figures(whole)], *([name, *figures(found[name])] for name in shown)]
+    click.echo("\n".join(columns([head, *table], indent="")))
+    if rest := len(order) - len(shown):
+        click.echo(f"and {rest} more: --all")
+
+
+def figures(one: Distance) -> list[str]:
+    """The numbers of a line."""
+    cosine = "-" if math.isnan(one.cosine) else f"{one.cosine:.6f}"
+    return [f"{one.relative:.3e}", f"{one.max_abs:.3e}", cosine]
+
+
+def plain(one: Distance) -> dict[str, Any]:
+    """Fit for JSON: what is no finite number is null."""
+    return {name: value if math.isfinite(value) else None for name, value in one._asdict().items()}
+
+
+def write(out: Path, page: str) -> None:
+    """The page, whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        beside.write_text(page, encoding="utf-8")
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
