@@ -12,7 +12,7 @@ from typing import Any
 from flask import Flask, Response, g, jsonify, render_template, request
 from werkzeug.exceptions import HTTPException
 
-from webui import completions, follow, markdown, openai, texts
+from webui import completions, follow, markdown, openai, openapi, texts
 from webui.engine import Engine
 from webui.follow import Runs
 from webui.metrics import TYPE
@@ -50,6 +50,7 @@ def create_app(engine: Engine, api_key: str | None = None, local: bool = True, r
         completions.routes(engine),
         texts.routes(engine),
         markdown.blueprint,
+        openapi.routes(),
     ):
         app.register_blueprint(blueprint)
     return app
