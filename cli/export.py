@@ -12,6 +12,7 @@ import torch
 from cli.eval import checkpoint_of
 from fnlm import trained
 from fnlm.interop import TARGETS, Model, homes, parity, to_gguf, to_hf, to_peft
+from fnlm.interop.shards import size_of
 from fnlm.params import cast
 from fnlm.trained import Which
 
@@ -24,6 +25,7 @@ DTYPES_OF = {"hf": tuple(DTYPES), "gguf": ("fp32", "fp16", "q8_0"), "peft": tupl
 @click.option("--to", "target", type=click.Choice(TARGETS), default="hf", show_default=True, help="Whose files.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="[default: exports/NAME]")
 @click.option("--dtype", type=click.Choice([*DTYPES, "q8_0"]), help="Of the weights. [default: as saved; gguf: fp16]")
+@click.option("--shard-size", metavar="SIZE", help="Of a file of weights at most, such as 2GB. [default: one file]")
 @click.option(
     "--checkpoint", default="best", show_default=True, metavar="C", help="Of a run: best, newest, or a step's number."
 )
@@ -36,6 +38,7 @@ def command(
     target: str,
     out: Path | None,
     dtype: str | None,
+    shard_size: str | None,
     checkpoint: str,
     no_ema: bool,
     no_parity: bool,
@@ -51,6 +54,9 @@ def command(
     """
     if dtype and dtype not in DTYPES_OF[target]:
         raise ValueError(f"--dtype {dtype} is not for {target}; choose from {', '.join(DTYPES_OF[target])}")
+    if shard_size and target != "hf":
+        raise ValueError(f"--shard-size is for hf; {target} is one file")
+    most = size_of(shard_size) if shard_size else None
     which: Which = "newest" if checkpoint == "newest" else "best"
     if target == "peft":
         folder = out or Path("exports") / f"{Path(model).resolve().name}-peft"
@@ -68,7 +74,7 @@ def command(
     leaving = Model(found.cfg, params, found.tokenizer, found.config)
     folder = out or Path("exports") / name
     comparing = parity.is_possible() and not no_parity
-    said = to_hf(leaving, folder, force, parity.parity if comparing else None)
+    said = to_hf(leaving, folder, force, parity.parity if comparing else None, most)
     architecture = homes.home(found.cfg).architecture
     report = {"path": str(folder), "to": target, "architecture": architecture, "parity": said}
     click.echo(json.dumps(report, indent=2) if as_json else f"{folder}: {architecture}, {told(said)}")

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fnlm.checkpoint.files import safetensors, write_file
 from fnlm.config import ModelConfig
-from fnlm.interop import outward
+from fnlm.interop import outward, shards
 from fnlm.interop.hf import KEPT
 from fnlm.interop.homes import cut, home, theirs
 from fnlm.interop.written import must_be_free
@@ -45,10 +44,15 @@ def exported(model: Model) -> Model:
 
 
 def to_hf(
-    model: Model, out: Path, force: bool = False, check: Callable[[Path, Model], dict[str, Any]] | None = None
+    model: Model,
+    out: Path,
+    force: bool = False,
+    check: Callable[[Path, Model], dict[str, Any]] | None = None,
+    shard_size: int | None = None,
 ) -> dict[str, Any]:
     """Write the folder, there when it is whole, and return what `check` says of it, which PARITY.json keeps.
 
+    `shard_size`: bytes of a file of weights at most, so that there are several and an index where they need more.
     ValueError for a config without a home; CheckpointError where `out` holds something, unless it is such an export and
     `force`.
     """
@@ -58,7 +62,7 @@ def to_hf(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        _write(leaving, temporary)
+        _write(leaving, temporary, shard_size)
         said = check(temporary, leaving) if check else {"checked": False}
         _json(temporary / PARITY, said)
         if out.exists():
@@ -74,7 +78,7 @@ def is_export(path: Path) -> bool:
     return (path / PARITY).is_file() and (path / "config.json").is_file()
 
 
-def _write(model: Model, folder: Path) -> None:
+def _write(model: Model, folder: Path, shard_size: int | None) -> None:
     family = home(model.cfg)
     values, tensors = theirs(model.cfg, model.params, family)
     kept = model.config.get("interop", {}).get("kept", {})
@@ -84,7 +88,7 @@ def _write(model: Model, folder: Path) -> None:
     _json(folder / "config.json", {**named, **{k: ids[k] for k in KEPT if k in ids}, "torch_dtype": dtype})
     generation = kept.get("generation") or outward.generation(model.tokenizer, model.is_chat)
     _json(folder / "generation_config.json", generation)
-    write_file(folder / "model.safetensors", safetensors(tensors))
+    shards.write(folder, tensors, shard_size)
     template = outward.template_of(model.config, model.tokenizer, model.is_chat)
     _text(folder / "tokenizer.json", outward.tokenizer_json(model.tokenizer))
     about = outward.tokenizer_config(model.tokenizer, model.cfg.seq_len, ids, template)

@@ -73,7 +73,9 @@ def _package_sizes(kind: int) -> tuple[int, int]:
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError as error:
-        raise CheckpointError(f"tensors of ggml's type {kind} need a package: pip install gguf") from error
+        raise CheckpointError(
+            f"tensors of ggml's type {kind} (K-quants and the like) need a package: pip install 'fnlm[gguf]'"
+        ) from error
     try:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError) as error:

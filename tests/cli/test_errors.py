@@ -73,6 +73,8 @@ MISTAKES = [
     ("plan --model gpt2 --mesh dta=4", USAGE, r".*dta.*"),
     ("export none", BAD, r"there is no none.*"),
     ("export runs/tiny --out tale.txt --force", BAD, r"tale\.txt holds what no export has written; .*"),
+    ("export runs/tiny --shard-size huge", USAGE, r"'huge' is not a size such as 500MB, 2GB or 1\.5GiB"),
+    ("export runs/tiny --to gguf --shard-size 1GB", USAGE, r"--shard-size is for hf; gguf is one file"),
     ("import runs/tiny", BAD, r"runs/tiny is fnlm's own, .*"),
     ("export --to gguff none", USAGE, r".*'gguff' is not .*"),
     ("export runs/tiny --out runs/tiny --force", BAD, r"runs/tiny holds what no export has written; .*"),

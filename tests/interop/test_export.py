@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as Library
 import fnlm
 from cli.main import cli
 from fnlm import checkpoint, interop, random, tokenizers, trained
-from fnlm.interop import Model, homes, to_hf
+from fnlm.checkpoint import CheckpointError
+from fnlm.interop import Model, homes, shards, to_hf
 from fnlm.interop.outward import CHATML, tokenizer_json
 from fnlm.interop.parity import texts
 from fnlm.params import shapes
@@ -240,3 +241,56 @@ def test_a_published_model_says_the_same_for_200_tokens(test_data: Path) -> None
         for _ in range(200):
             ids = torch.cat([ids, fnlm.forward(params, ids, model.cfg)[:, -1:].argmax(-1)], 1)
         assert torch.equal(ids, want)
+
+
+def test_weights_in_several_files_and_their_index(tmp_path: Path) -> None:
+    model = model_of(**ROPE, norm="rmsnorm", mlp="swiglu")
+    to_hf(model, tmp_path / "one")
+    run = run_of(tmp_path / "run", model)
+    words = ["export", str(run), "--out", str(tmp_path / "many"), "--no-parity", "--shard-size", "20kB"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in whole.values())
+    for name, file in index["weight_map"].items():
+        own = load_file(tmp_path / "many" / file)
+        assert torch.equal(own[name], whole[name])
+        assert len(own) == 1 or sum(v.nbytes for v in own.values()) <= 20_000
+    one, many = (interop.read(tmp_path / x).load() for x in ("one", "many"))
+    assert all(torch.equal(one[k], many[k]) for k in one)
+    assert not (tmp_path / "many" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("20kB", 20_000), ("1.5GiB", 3 << 29), ("7", 7), ("2 gb", 2 * 10**9), ("0.5MiB", 1 << 19)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert shards.size_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "0.1", "2TB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size such as 500MB"):
+        shards.size_of(text)
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf"])
+def test_force_replaces_only_what_such_an_export_wrote(target: str, tmp_path: Path) -> None:
+    model = model_of(**ROPE, norm="rmsnorm", mlp="swiglu")
+
+    def export(out: Path) -> None:
+        to_hf(model, out, force=True) if target == "hf" else interop.to_gguf(model, out, force=True)
+
+    mine, link = tmp_path / "mine", tmp_path / "link"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("x")
+    link.symlink_to(mine / "thesis.txt")
+    for out in (mine, mine / "thesis.txt", link):
+        with pytest.raises(CheckpointError, match="choose another --out"):
+            export(out)
+    assert (mine / "thesis.txt").read_text() == "x" and link.is_symlink()
+    for _ in range(2):
+        export(tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "mine", "out"]
