@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from cli.tables import columns, in_si
+from cli.prepared import shown, summary
 from fnlm import data
-from fnlm.data import Dataset, Preparation, Split
+from fnlm.data import Preparation, Wanted, corpora
+
+TEXTUAL = ("tokenizer", "val", "val_fraction", "clean", "workers", "domains", "documents", "special", "npy", "dtype")
 
 
 @click.command()
@@ -31,8 +34,13 @@ from fnlm.data import Dataset, Preparation, Split
     help="char, byte, bpe:SIZE, gpt2, cl100k (or gpt2:FOLDER with tiktoken's files), or a tokenizer.json.",
 )
 @click.option("--val", multiple=True, metavar="PATH", help="Files to validate with, instead of a part of PATH.")
-@click.option("--val-fraction", default=0.1, show_default=True, metavar="F", help="The documents to validate with.")
-@click.option("--documents", type=click.IntRange(1), metavar="N", help="Of demo: so many stories. [default: 60000]")
+@click.option("--val-fraction", type=float, metavar="F", help="The documents to validate with. [default: 0.1]")
+@click.option("--clean", default="", metavar="STEPS", help="exact,minhash,gopher,language=en,pii: in this order.")
+@click.option("--workers", type=click.IntRange(1), default=1, metavar="N", help="Processes that clean. [default: 1]")
+@click.option("--domains", default="", metavar="HOSTS", help="Only documents of these: news, or bbc.com,reuters.com.")
+@click.option("--documents", type=click.IntRange(1), metavar="N", help="So many of each source. [demo: 60000 stories]")
+@click.option("--tokens", type=click.IntRange(1), metavar="N", help="Of mix: so many to train on. [all, none twice]")
+@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Of mix: the order of documents.")
 @click.option("--special", multiple=True, metavar="TOKEN", help="A further special token.")
 @click.option("--npy", is_flag=True, help="Write .npy files instead of raw .bin.")
 @click.option("--dtype", type=click.Choice(["uint16", "uint32"]), help="Of the ids. [default: the smallest]")
@@ -45,8 +53,13 @@ def command(
     out: Path | None,
     tokenizer: str,
     val: tuple[str, ...],
-    val_fraction: float,
+    val_fraction: float | None,
+    clean: str,
+    workers: int,
+    domains: str,
     documents: int | None,
+    tokens: int | None,
+    seed: int,
     special: tuple[str, ...],
     npy: bool,
     dtype: str | None,
@@ -58,32 +71,42 @@ def command(
     """Turn text or conversations into tokens to train on.
 
     PATH is a file, a folder or a pattern: .txt, .md, .jsonl, .json, .parquet, or tokens as .npy and .bin. Conversations
-    are recognised by their first line. --show and --verify also take a folder that is prepared already. Without any
-    file, `demo` writes a small world: stories into data/demo, and chats about them into data/demo-chat.
+    are recognised by their first line. Or PATH is a corpus: shakespeare, tinystories, openwebtext, wikipedia, c4,
+    c4-news, fineweb-edu, dailydialog, alpaca, any hub:org/name[:config][:split][#column], or the address of a file.
+
+    `mix data/a=0.7 data/b=0.3` makes one folder of several, each with its share of the tokens. --show and --verify also
+    take a folder that is prepared already. Without any file, `demo` writes a small world: stories into data/demo, and
+    chats about them into data/demo-chat.
     """
     if not paths:
         raise click.UsageError("name a file, a folder or a pattern to prepare", click.get_current_context())
     prepared = len(paths) == 1 and (Path(paths[0]) / "manifest.json").is_file()
     if verify:
-        for path in paths:
-            for line in data.verify(path):
-                click.echo(line)
+        for line in chain(*map(data.verify, paths)):
+            click.echo(line)
         return
+    say = partial(click.echo, err=True)
     todo: list[Preparation] = []
-    if not (show and prepared):
-        options: dict[str, Any] = {"special": special, "npy": npy, "dtype": dtype}
-        folder = out or Path("data") / name_of(paths)
-        if is_name(paths):
-            refuse("val", "val_fraction", why="the data of a name are validated on others of their kind")
-            options |= {"tokenizer": tokenizer} if is_given("tokenizer") else {}
-            todo = data.named(paths[0], folder, documents, **options)
-        else:
-            refuse("documents", why=f"that is of a name: {', '.join(data.NAMES)}")
-            todo = [Preparation(paths, folder, tokenizer, val, val_fraction, **options)]
+    if is_called(paths, "mix"):
+        refuse(*TEXTUAL, why="the folders of a mixture are prepared already")
+        mixture = out or Path("data/mix")
+        data.mix(data.parts_of(paths[1:]), mixture, tokens, seed, say, force)
+        paths = (str(mixture),)
+    elif not (show and prepared):
+        refuse("tokens", "seed", why="they are those of mix")
+        wanted = Wanted(tuple(filter(None, clean.split(","))), data.domains_of(domains), documents, workers)
+        first = Preparation(
+            paths, out or Path("data") / name_of(paths), tokenizer, val, val_fraction, special, npy, dtype
+        )
+        todo = preparations(replace(first, wanted=wanted))
     for one in todo:
         with progress_bar() as progress:
-            data.prepare(one, lambda line: click.echo(line, err=True), progress, force)
-    folders = [one.out for one in todo] or [Path(paths[0])]
+            data.prepare(one, say, progress, force)
+    tell([one.out for one in todo] or [Path(paths[0])], show or 0, as_json)
+
+
+def tell(folders: list[Path], show: int, as_json: bool) -> None:
+    """Print what is in prepared folders, and their first documents."""
     manifests = [data.open(folder).manifest for folder in folders]
     if as_json:
         click.echo(json.dumps(manifests[0] if len(manifests) == 1 else manifests, indent=2))
@@ -93,9 +116,20 @@ def command(
         click.echo("\n".join(line for folder in folders for line in shown(data.open(folder), show)))
 
 
-def is_name(paths: tuple[str, ...]) -> bool:
-    """Whether the data have a name, and no file is called so."""
-    return len(paths) == 1 and paths[0] in data.NAMES and not Path(paths[0]).exists()
+def preparations(one: Preparation) -> list[Preparation]:
+    """The one that is asked for, or those of the data of a name."""
+    if len(one.paths) > 1 or not is_called(one.paths, *data.NAMES):
+        return [one]
+    refuse("val", "val_fraction", "clean", "domains", why="the data of a name are validated on others of their kind")
+    own = {"tokenizer": one.tokenizer} if is_given("tokenizer") else {}
+    return data.named(
+        one.paths[0], one.out, one.wanted.documents, special=one.special, npy=one.npy, dtype=one.dtype, **own
+    )
+
+
+def is_called(paths: tuple[str, ...], *names: str) -> bool:
+    """Whether the first word is one of these names, and no file is called so."""
+    return paths[0] in names and not Path(paths[0]).exists()
 
 
 def is_given(option: str) -> bool:
@@ -111,7 +145,7 @@ def refuse(*options: str, why: str) -> None:
 
 def name_of(paths: tuple[str, ...]) -> str:
     """The name of the folder: that of the first path, without its suffix. Raises ValueError for a pattern."""
-    name = Path(paths[0]).stem or Path(paths[0]).resolve().name
+    name = corpora.name_of(paths[0]) or Path(paths[0]).stem or Path(paths[0]).resolve().name
     if not name or any(c in "*?[]" for c in name):
         raise ValueError(f"what to call the data of {paths[0]}? give --out data/NAME")
     return name
@@ -127,47 +161,4 @@ def progress_bar() -> Iterator[Any]:
     )  # fmt: skip
     task = bar.add_task("encoding", total=None)
     with bar:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """What there is, a line for each split."""
-    rows = [["split", "tokens", "documents", "text", "bytes a token"]]
-    for name, split in manifest["splits"].items():
-        per = split["bytes"] / max(1, split["tokens"])
-        counts = [f"{split[what]:,}" for what in ("tokens", "documents")]
-        size = in_si(split["bytes"]) + ("B" if split["bytes"] >= 1000 else " B")
-        rows.append([name, *counts, size, f"{per:.2f}"])
-        if split["mask"]:
-            rows[-1].append(f"{100 * split['learnt'] / split['tokens']:.0f} %")
-    if len(rows[-1]) > len(rows[0]):
-        rows[0].append("learnt")
-    kind, size = manifest["tokenizer"]["kind"], manifest["vocab_size"]
-    return [f"{folder}: {manifest['kind']}, {kind} tokenizer of {size:,} tokens, {manifest['dtype']}", *columns(rows)]
-
-
-def shown(dataset: Dataset, n: int) -> list[str]:
-    """The first n documents, token by token between bars; of a chat, learnt tokens in brackets (and green)."""
-    lines = []
-    for number, (ids, mask) in enumerate(documents(dataset.train, dataset.tokenizer.eot_id, n), 1):
-        lines += ["", click.style(f"document {number}: {len(ids)} tokens, {int(mask.sum())} learnt", bold=True)]
-        words = [repr(dataset.tokenizer.decode([i]))[1:-1] for i in ids.tolist()]
-        lines.append("|".join(marked(w) if m else w for w, m in zip(words, mask.tolist(), strict=True)))
-    return lines
-
-
-def marked(word: str) -> str:
-    """A learnt token."""
-    return click.style(f"[{word}]", fg="green")
-
-
-def documents(split: Split, eot_id: int | None, n: int, most: int = 2000) -> Iterator[tuple[Any, Any]]:
-    """Ids and mask (ones for text) of the first documents, at most `most` tokens of each."""
-    start = 0
-    while n and start < len(split.tokens):
-        window = np.asarray(split.tokens[start : start + (1 << 20)])
-        ends = np.flatnonzero(window == eot_id) if eot_id is not None else np.zeros(0, int)
-        stop = int(ends[0]) + 1 if ends.size else len(window)
-        ids = window[:stop][:most]
-        yield ids, np.ones_like(ids) if split.mask is None else np.asarray(split.mask[start : start + len(ids)])
-        start, n = start + stop, n - 1
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)

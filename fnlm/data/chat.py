@@ -46,7 +46,12 @@ def conversations(files: Sequence[Path]) -> Iterator[Messages]:
 
 def answered(files: Sequence[Path]) -> Iterator[Messages]:
     """The conversations in which the assistant says something: the others have nothing to learn."""
-    return (messages for messages in conversations(files) if any(m["role"] == "assistant" for m in messages))
+    return filter(is_answered, conversations(files))
+
+
+def is_answered(messages: Messages) -> bool:
+    """Whether the assistant says something."""
+    return any(m["role"] == "assistant" for m in messages)
 
 
 def _lines(file: Path) -> Iterator[Messages]:

@@ -1,4 +1,4 @@
-"""Corpora by name: what stands on the Hugging Face hub, or at an address, and how a name on the command line is read."""
+"""Corpora by name: what stands on the Hugging Face hub or at an address, and how a word of the command line is read."""
 
 from __future__ import annotations
 

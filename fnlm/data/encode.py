@@ -146,8 +146,7 @@ def token_blocks(files: Sequence[Path], val_files: Sequence[Path], fraction: flo
     if not {"train", "val"} <= {name for name, _ in parts}:
         total = sum(len(ids) for _, ids in parts)
         parts = [*_divided([ids for _, ids in parts], int(total * (1 - fraction)))]
-    special = set(tok.special.values())
-    lengths = np.array([0 if t in special else len(b) for t, b in enumerate(tok.table)])
+    lengths = bytes_of(tok, tok.vocab_size)
     for name, ids in parts:
         for start in range(0, len(ids), TOKENS):
             block = np.asarray(ids[start : start + TOKENS])
@@ -155,6 +154,13 @@ def token_blocks(files: Sequence[Path], val_files: Sequence[Path], fraction: flo
             ends = 0 if tok.eot_id is None else int(np.count_nonzero(block == tok.eot_id))
             size = int(lengths[block[(block >= 0) & (block < len(lengths))]].sum())
             yield Block(name or "train", block, None, ends + last, size)
+
+
+def bytes_of(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int64]:
+    """How many bytes of text each id stands for, (vocab_size,): none where it is special, or nobody's."""
+    special = set(tokenizer.special.values())
+    lengths = [0 if i in special else len(data) for i, data in enumerate(tokenizer.table)]
+    return np.array(lengths + [0] * (vocab_size - len(lengths)), np.int64)
 
 
 def _divided(parts: Sequence[NDArray[Any]], border: int) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -1,7 +1,7 @@
 """Documents of any sources, cleaned, in one local file for each split; taken up where it was interrupted.
 
-After each group of documents the file, what the cleaning remembers and the place in the source are on disk, and then one
-line of JSON says how much of each counts.
+After each group of documents the file and what the cleaning remembers are on disk; then one line of JSON says how much
+of them counts, and where in the source it goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BETWEEN = "\x1e"
 
 
 class Wanted(NamedTuple):
-    """What is done to documents: cleaning steps in order, in so many processes; from these hosts; so many of a source."""
+    """What is done to documents: cleaning steps in order; those of these hosts; so many of a source; processes."""
 
     clean: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
@@ -70,16 +70,14 @@ def gather(
 class Journal:
     """How far it has come, in a file that is replaced as a whole."""
 
-    FRESH: dict[str, Any] = {
-        "source": 0, "state": None, "taken": 0, "before": 0, "kept": 0, "bytes": 0, "memory": {}, "counts": None
-    }  # fmt: skip
-
     def __init__(self, file: Path) -> None:
         self._file = file
 
     def read(self) -> dict[str, Any]:
         """What was written last; a fresh start without it."""
-        return json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else dict(self.FRESH)  # type: ignore[no-any-return]
+        fresh = dict.fromkeys(("source", "taken", "before", "kept", "bytes"), 0)
+        found: dict[str, Any] = {**fresh, "state": None, "memory": {}, "counts": None}
+        return found | (json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {})
 
     def write(self, at: dict[str, Any]) -> None:
         """Replace what it says."""

@@ -78,7 +78,8 @@ class HubStream:
     """A dataset on the hub, streamed by the library `datasets`, which can go on in the middle of a file."""
 
     def __init__(self, source: Hub) -> None:
-        self.name, self._source, self._data = label(source), source, None
+        self.name, self._source = label(source), source
+        self._data: Any = None
 
     def rows(self, state: Any) -> Iterator[Row]:
         rows = self._opened(state)
@@ -103,7 +104,7 @@ class HubStream:
     def _kept_up(self, act: Callable[[], Any]) -> Any:
         try:
             return act()
-        except Exception as error:  # noqa: BLE001 - the library lets out those of four others
+        except Exception as error:  # the library lets out those of four others
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SourceLost(f"{self.name}: {reason}; once it can be read, the same command goes on") from error
 
@@ -149,7 +150,9 @@ def download(url: str, folder: Path) -> Path:
     """
     file = folder / (Path(urlsplit(url).path).name or "index")
     if file.suffix not in (*TEXT, *RECORDS):
-        raise DataError(f"{url}: cannot read {file.suffix or 'it without a suffix'}; known: {', '.join(TEXT + RECORDS)}")
+        raise DataError(
+            f"{url}: cannot read {file.suffix or 'it without a suffix'}; known: {', '.join(TEXT + RECORDS)}"
+        )
     folder.mkdir(exist_ok=True)
     part, about = file.with_suffix(file.suffix + ".part"), file.with_suffix(file.suffix + ".etag")
     if not file.exists():

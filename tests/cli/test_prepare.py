@@ -33,7 +33,7 @@ def test_the_table_on_stdout_and_the_story_on_stderr(here: Path) -> None:
         "  train     945          1  945 B           1.00",
         "  val       105          1  105 B           1.00",
     ]
-    assert result.stderr == "1 document, 1,050 bytes of text\n"
+    assert result.stderr == "1 document, 1,050 bytes of text: its last 10 % are to validate with\n"
     assert sorted(p.name for p in (here / "data" / "tale").iterdir()) == [
         "manifest.json", "tokenizer.json", "train.bin", "val.bin",
     ]  # fmt: skip
@@ -137,7 +137,8 @@ def test_a_file_of_that_name_comes_first(here: Path) -> None:
     ("words", "says"),
     [
         (["demo", "--val-fraction", "0.2"], "--val-fraction has no meaning here: the data of a name are validated on"),
-        (["tale.txt", "--documents", "3"], "--documents has no meaning here: that is of a name: demo"),
+        (["tale.txt", "--tokens", "3"], "--tokens has no meaning here: they are those of mix"),
+        (["mix", "a=1", "b=2", "--val", "x.txt"], "--val has no meaning here: the folders of a mixture are prepared"),
     ],
 )
 def test_options_that_have_no_meaning(words: list[str], says: str) -> None:

@@ -104,7 +104,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
     data.prepare(Preparation((str(train),), tmp_path / "out", "byte", val=(str(val),)), said.append)
     chat = data.open(tmp_path / "out")
     assert (chat.train.documents, chat.val.documents) == (26, 4)
-    assert "4 conversations that are also in the validation files were left out of train" in said
+    assert "4 validation conversations repeat in train: 4 copies left out there" in said
 
 
 def test_conversations_without_an_answer_are_left_out(tmp_path: Path) -> None:

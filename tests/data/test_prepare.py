@@ -244,7 +244,7 @@ def test_real_stories_and_web_pages(test_data: Path, tmp_path: Path) -> None:
 # All or nothing
 
 
-def test_a_torn_preparation_starts_again_and_says_so(tmp_path: Path) -> None:
+def test_a_torn_preparation_is_gone_on_with_and_says_so(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"text": w} for w in WORDS])
     program = (
         "import os, sys\nfrom fnlm import data\nfrom fnlm.data.sink import Sink\n"
@@ -257,7 +257,7 @@ def test_a_torn_preparation_starts_again_and_says_so(tmp_path: Path) -> None:
     said: list[str] = []
     todo = Preparation((str(file),), tmp_path / "out", "byte")
     data.prepare(todo, said.append)
-    assert said[0] == f"an earlier preparation of {tmp_path / 'out'} was not finished; starting again"
+    assert said[0] == f"an earlier preparation of {tmp_path / 'out'} was interrupted; going on with it"
     assert sorted(texts_of(data.open(tmp_path / "out"))) == sorted(WORDS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
 

@@ -1,0 +1,122 @@
+"""The folder beside a data folder in which it is made: one process holds it, goes on with it, renames it when whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fnlm import tokenizers
+from fnlm.data.gather import replace
+from fnlm.data.manifest import FILE, SPLITS, DataError, read
+
+# All that a preparation leaves in its folder.
+WRITTEN = {FILE, tokenizers.FILE, *(f"{name}.{end}" for name in SPLITS for end in ("bin", "npy", "mask"))}
+TODO = "preparation.json"
+
+
+class Busy(ValueError):
+    """Another process prepares into the same folder."""
+
+    exit_code = 1
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """`out` for this process alone. Raises Busy while another one holds it.
+
+    The system lets go of it when the process dies, however it dies. Where there are no such locks nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.with_name(f".{out.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"another process prepares {out}; let it end, or choose another --out") from error
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def done(out: Path, todo: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a folder that was made of just this: the same `settings` and `source`."""
+    if not (out / FILE).is_file():
+        return None
+    try:
+        manifest = read(out)
+    except DataError:  # what it was is not known: as any other folder that is in the way
+        return None
+    return manifest if all(manifest.get(name) == value for name, value in todo.items()) else None
+
+
+def stage_of(out: Path, todo: dict[str, Any], force: bool, say: Callable[[str], None]) -> Path:
+    """The folder beside `out` to write into: that of the same preparation where it was interrupted, else an empty one.
+
+    Raises ValueError where `out` holds something else. Also with `force` only what a preparation writes is replaced: a
+    text that lies among it may be the only copy.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose another --out")
+    foreign = sorted(path.name for path in out.iterdir() if path.name not in WRITTEN) if out.exists() else []
+    if foreign:
+        raise ValueError(f"{out} already holds something else, {foreign[0]!r}; choose another --out")
+    if not force and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} already holds other data; choose another --out, or --force to replace it")
+    stage = out.with_name(f".{out.name}.partial")
+    if stage.exists():
+        if _noted(stage) == todo:
+            say(f"an earlier preparation of {out} was interrupted; going on with it")
+            return stage
+        say(f"an earlier preparation of {out} was not finished; starting again")
+        shutil.rmtree(stage)
+    stage.mkdir(parents=True)
+    replace(stage / TODO, todo)
+    return stage
+
+
+def _noted(stage: Path) -> Any:
+    with suppress(OSError, ValueError):
+        return json.loads((stage / TODO).read_text(encoding="utf-8"))
+    return None
+
+
+def commit(stage: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """The manifest, everything to disk, what helped on the way removed, then the name."""
+    (stage / FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in stage.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in WRITTEN:
+            path.unlink()
+    for path in (stage / FILE, stage / tokenizers.FILE, stage):
+        _synced(path)
+    old = out.with_name(f".{out.name}.old")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    stage.rename(out)
+    _synced(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _synced(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
