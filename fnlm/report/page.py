@@ -102,7 +102,8 @@ def charts(runs: Sequence[Run], colours: Sequence[str]) -> Iterator[Chart]:
         if any((s.values[np.isfinite(s.values)] != 0).any() for s in series):
             parts = zip(runs, colours, series, strict=True)
             drawn = [Line(run.name, colour, s, key.startswith("val/"), smooth) for run, colour, s in parts]
-            yield Chart(title, unit, drawn, steps, log_from, from_zero=key.startswith(("perf/", "mem/", "train/c")))
+            from_zero = key.startswith(("perf/", "mem/", "train/c", "train/lr"))
+            yield Chart(title, unit, drawn, steps, log_from, from_zero=from_zero)
 
 
 def reach(runs: Sequence[Run]) -> tuple[float, float]:

@@ -65,8 +65,10 @@ def test_health(client: FlaskClient, engine: Engine) -> None:
     assert response.get_json() == {"status": "ok", "models": 2, "active": 0, "waiting": 0}
     engine.ready.clear()
     response = client.get("/health")
+    pages = [client.get(path).status_code for path in ("/", "/run", "/v1/models", "/v1/runs")]
     engine.ready.set()
     assert (response.status_code, response.get_json()["status"]) == (503, "loading")
+    assert pages == [200] * 4
 
 
 def test_a_chat_completion(client: FlaskClient) -> None:

@@ -14,8 +14,10 @@ from tests.webui import browser
 from tests.webui.browser import Browser
 from tests.webui.echo import Echo, last, serving
 from tests.webui.hostile import CORPUS, SCAN, WATCH
+from tests.webui.tiny import save
 from webui.app import create_app
 from webui.engine import Engine
+from webui.models import Models
 
 pytestmark = [
     pytest.mark.slow,
@@ -537,6 +539,32 @@ def test_the_tree_of_a_conversation(page: Page) -> None:
       return bad.map((b) => t.restored(b)).map((b) => (b ? t.path(b).length : -1)).join();
     })()"""
     assert page.js(code) == "-1,-1,-1,-1,-1,0,-1,1"
+
+
+def test_stop_frees_the_place_at_once(opened: Browser, tmp_path: Path) -> None:
+    save(tmp_path / "runs" / "long", "text", seq_len=4096)
+    engine = Engine(Models([tmp_path / "runs"]), streams=2).start()
+    opened.size(1280, 800)
+    with serving(create_app(engine)) as url:
+        page = Page(opened, Echo(), url)
+        opened.open(url)
+        opened.js("localStorage.clear()")
+        page.load()
+        for name, value in (("min_tokens", 4000), ("max_tokens", 4000)):
+            opened.js(f"document.querySelector('[name={name}]').value = {value}")
+        opened.js("document.querySelector('#text').value = 'abc'; document.querySelector('#composer').requestSubmit()")
+        opened.wait(f"{WORDS}.length > 20")
+        assert engine.load()["active"] == 1
+        opened.key("Escape", 27)
+        pressed = time.monotonic()
+        while engine.load()["active"]:
+            time.sleep(0.001)
+        assert time.monotonic() - pressed < 1  # 0.05 where it was written; all of it takes more than 5
+        page.done()
+        assert 20 < len(page.turns()[0]) < 3900
+        assert page.kept()[0]["nodes"].popitem()[1]["finish"] == "stopped"
+        opened.do("Page.navigate", url="about:blank")
+    engine.stop()
 
 
 def test_the_real_thing(opened: Browser, engine: Engine) -> None:
