@@ -121,6 +121,54 @@ def test_ragged_requests_are_what_each_is_alone(name: str, greedy: bool) -> None
         conversation(seed, name, greedy)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_thousand_ragged_requests_are_what_each_is_alone(name: str, greedy: bool) -> None:
+    for seed in range(100, 116):
+        conversation(seed, name, greedy)
+
+
+def crowd(seed: int, name: str, dtype: torch.dtype) -> None:
+    """Eight texts in a batch that keeps to one shape, joining at random times: each is what it is there alone."""
+    dice, (ready, cfg) = chance.Random(seed), EXACT[name, dtype]
+    asked = [
+        ([dice.randrange(256) for _ in range(dice.randint(1, 60))], settings_of(dice, dice.random() < 0.5), i)
+        for i in range(8)
+    ]
+
+    def run(some: list[Any], hurry: float, budget: int) -> dict[int, list[int]]:
+        batch, running, todo = Batch(ready, cfg, exact=True), dict[Slot, Written](), list(some)
+        made: dict[int, list[int]] = {}
+        while todo or running:
+            while todo and dice.random() < hurry:
+                prompt, settings, i = todo.pop()
+                text = Written(batch, cfg, prompt, settings, i)
+                running[text.slot] = text
+            for ended in step(batch, running, budget):
+                made[ended.writer.seed] = ended.ids
+        return made
+
+    alone = {i: run([one], 1.0, 256)[i] for one in asked for i in (one[2],)}
+    assert run(asked, 0.4, dice.choice([1, 60, 256])) == alone, (seed, name)
+
+
+EXACT = {(name, dtype): model(name, dtype=dtype) for name in SHAPES for dtype in (torch.bfloat16, torch.float32)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_text_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    crowd(0, "demo", dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_thousand_texts_do_not_depend_on_their_neighbours(name: str, dtype: torch.dtype) -> None:
+    for seed in range(16):
+        crowd(seed, name, dtype)
+
+
 def test_what_a_row_held_is_not_read_again() -> None:
     ready, cfg = MODELS["rope"]
     batch = Batch(ready, cfg)
