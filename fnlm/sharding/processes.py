@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from fnlm.sharding.heartbeat import Heartbeat
 from fnlm.sharding.mesh import Mesh, Shape, connect
 
 LOST = 75
@@ -57,9 +59,12 @@ def joined(here: Place, shape: Shape, device: torch.device, backend: str, timeou
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    limit, heart = timedelta(seconds=timeout), None
     try:
+        store, _, _ = next(rendezvous("env://", here.rank, here.world, timeout=limit))
+        heart = Heartbeat(dist.PrefixStore("fnlm", store), here.rank, here.world)  # type: ignore[attr-defined]
         dist.init_process_group(
-            backend, rank=here.rank, world_size=here.world, timeout=timedelta(seconds=timeout),
+            backend, store=store, rank=here.rank, world_size=here.world, timeout=limit,
             device_id=device if backend == "nccl" else None,
         )  # fmt: skip
         yield connect(shape, timeout)
@@ -67,15 +72,26 @@ def joined(here: Place, shape: Shape, device: torch.device, backend: str, timeou
         if not is_lost(error):
             raise
         why = str(error).splitlines()[0][:200]
-        raise Lost(
-            f"rank {here.rank} of {here.world}: another rank ended, or did not answer within {timeout:g} s ({why})"
-        ) from error
+        told = f"rank {here.rank} of {here.world}: {who(heart)} did not answer within {timeout:g} s ({why})"
+        raise Lost(told) from error
+    finally:
+        if heart is not None:
+            heart.stop()
     dist.destroy_process_group()
+
+
+def who(heart: Heartbeat | None) -> str:
+    """Those that are gone, in words."""
+    gone = heart.gone() if heart is not None else []
+    if gone is None:
+        return "rank 0, where all meet, or the network ended, or"
+    return f"rank {', '.join(map(str, gone))} ended, or" if gone else "another rank ended, or"
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error of torch.distributed says that somebody is not there any more."""
     if isinstance(error, dist.DistError):
         return True
-    words = ("gloo/", "Connection closed", "Connection reset", "Timed out", "timed out", "NCCL", "Broken pipe")
+    words = ("gloo/", "Connection closed", "Connection reset", "Timed out", "timed out", "NCCL", "Broken pipe",
+             "pair closure")  # fmt: skip
     return any(word in str(error) for word in words)
