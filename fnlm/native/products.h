@@ -5,6 +5,7 @@
 
 enum { FLOAT, BF16, INT8, INT4 };
 enum { GROUP = 32, TOGETHER = 8 };
+#define AHEAD 9216 /* bytes from what is read to what is fetched: twice as fast as without, on Zen 5 */
 
 /* n rows of k; scale: of a row (INT8) or of GROUP entries of a row (INT4), float or, with `half`, bfloat16. */
 typedef struct {
@@ -45,6 +46,14 @@ INLINE vfloat steps_of(vint nibbles, float scale) {
 
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 
+/* LANES entries of each row times those of each x, added to the sums. */
+INLINE void along(const int kind, const int R, const int B, const char *w, int64_t bytes, const float **xs, int64_t k,
+                  vfloat *sum) {
+    vfloat v[4];
+    EACH(r, R) v[r] = weights_at(kind, w + r * bytes, k);
+    EACH(b, B) EACH(r, R) sum[r * B + b] += v[r] * load(xs[b] + k);
+}
+
 /* R rows of W times B x, both known to the compiler: the sums stay in registers. Of the B, `count` are there. */
 INLINE void tile(const int kind, const int R, const int B, const matrix *m, int64_t row, const float *x, int64_t ldx,
                  int count, float *y, int64_t ldy) {
@@ -59,6 +68,7 @@ INLINE void tile(const int kind, const int R, const int B, const matrix *m, int6
     if (kind == INT4) {
         for (; k < m->k; k += GROUP) {
             EACH(r, R) scale[r] = scale_at(m, (row + r) * (m->k / GROUP) + k / GROUP);
+            EACH(r, R) __builtin_prefetch(w + r * bytes + k / 2 + AHEAD);
             EACH(i, GROUP / LANES) {
                 const int high = i * LANES >= GROUP / 2, at = i * LANES - high * (GROUP / 2);
                 vfloat v[4];
@@ -70,10 +80,13 @@ INLINE void tile(const int kind, const int R, const int B, const matrix *m, int6
             }
         }
     } else {
-        for (; k + LANES <= m->k; k += LANES) {
-            vfloat v[4];
-            EACH(r, R) v[r] = weights_at(kind, w + r * bytes, k);
-            EACH(b, B) EACH(r, R) sum[r * B + b] += v[r] * load(xs[b] + k);
+        for (; k + 2 * LANES <= m->k; k += 2 * LANES) {
+            EACH(r, R) __builtin_prefetch(w + r * bytes + row_bytes(kind, k) + AHEAD);
+            EACH(i, 2) along(kind, R, B, w, bytes, xs, k + i * LANES, sum);
+        }
+        if (k + LANES <= m->k) {
+            along(kind, R, B, w, bytes, xs, k, sum);
+            k += LANES;
         }
     }
     EACH(r, R) EACH(b, B) ends[r * B + b] = total(sum[r * B + b]);

@@ -3,9 +3,6 @@
    Weights are float, bfloat16, int8 or int4, activations float. Each text's numbers come about in one order, whatever
    the others are and however many threads there are. Letters as in fnlm/forward.py: D, H, K, F, V; n tokens. */
 
-#ifndef AHEAD
-#define AHEAD 1024 /* bytes that a row is fetched before it is used */
-#endif
 #include "vector.h"
 #include "products.h"
 #include "team.h"
