@@ -14,6 +14,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from fnlm import clib
 from fnlm.types import Key
 
 Words: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -197,6 +198,8 @@ def normal(key: Key, shape: Sequence[int], dtype: torch.dtype = torch.float32, d
     last place of float64 between devices, compilers and vector widths, so that fewer than one float32 result in 10**8
     differs, by one unit in the last place.
     """
+    if dtype == torch.float32 and (own := _by_library(key, shape, device)) is not None:
+        return own
     if dtype == torch.float64:
         return _draw(key, shape, dtype, device, 2, lambda words: _box_muller(*(_unit53(words) + 2.0**-54).unbind(-1)))
 
@@ -205,6 +208,15 @@ def normal(key: Key, shape: Sequence[int], dtype: torch.dtype = torch.float32, d
         return _box_muller(unit[..., 0::2], unit[..., 1::2]).flatten(-2)
 
     return _draw(key, shape, dtype, device, 4, value)
+
+
+def _by_library(key: Key, shape: Sequence[int], device: Device) -> Tensor | None:
+    """`normal` on a CPU, where there is a library for it."""
+    if key.shape != (2,) or traced(key) or torch.device(device or key.device).type != "cpu":
+        return None
+    out = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
+    k0, k1 = key.tolist()
+    return out if clib.normal_(out, (k0, k1), _BITS) else None
 
 
 def _box_muller(u: Tensor, v: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "types",
     "tree",
-    "random < dropout | config < overrides < names | collectives | compiling | kernels | machine < environment",
+    "machine < clib",
+    "random < dropout | environment | config < overrides < names | collectives | compiling | kernels",
     "attention < blocked < rotary < places < ngrams < linear < mlp < sublayers < forward < losses | optim | "
     "sharding | tokenizers | world | quantize | cleaning",
-    "params < lora < trainable < presets | sampling | merging | data | "
-    "cache < native < prepared < decode",
+    "params < lora < trainable < presets | sampling | merging | data | cache < native < prepared < decode",
     "links < step < sharded_optim < sharded < forecast < elastic | tokens < speculate < generate | evaluate | "
     "checkpoint < interop < trained | lift | budget",
     "track < loop | report | evaluation | benchmark_strategies | "
@@ -32,6 +32,7 @@ DISTRIBUTED = {"fnlm/collectives.py", "fnlm/sharding/mesh.py", "fnlm/sharding/pr
 READS_ENVIRONMENT = {
     "config",
     "machine",
+    "clib",
     "native",
     "environment",
     "sharding",

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fnlm import clib
 from fnlm.optim.adam import AdamState, ScaleByAdam
 from fnlm.optim.clip import ClipState, global_norm
 from fnlm.optim.lower import Chunk, Clip, Link, Part, Path, Plan, lower
@@ -48,7 +49,7 @@ def in_place(optimizer: Transform, chunk: int = 8 << 20, norm: Callable[[Params]
         if key not in plans:
             plans[key] = lower(optimizer, params, chunk), size(params) <= chunk
         plan, small = plans[key]
-        if small:  # the norm is faster over float32, and the copy is small
+        if small and clib.library("adam").library is None:  # torch's norm is faster over float32, the copy small
             grads.update({k: _cast(g, params[k].dtype) for k, g in grads.items()})
         return _run(plan, grads, state, params, judge, norm)
 
@@ -103,6 +104,9 @@ def _norm(clip: Clip, grads: Params) -> Tensor:
 
 
 def _norm_of(whole: list[Tensor]) -> Tensor:
+    squares = clib.square_sum(whole)
+    if squares is not None:
+        return torch.tensor(squares**0.5)
     # in slices, as the norm of a bfloat16 tensor makes a float32 copy of it
     mine = [x for g in whole for x in (g.reshape(-1).split(SLICE) if g.numel() > SLICE else (g,))]
     norms = torch._foreach_norm(mine, 2, torch.promote_types(mine[0].dtype, torch.float32))
@@ -133,6 +137,8 @@ def _run_chunk(
     gs = [grads.pop(k) for k in chunk.names]
     if isinstance(rule, ScaleByAdam) and _has_kernel(chunk, own, ps[0]):
         mus, nus = [own.mu[k] for k in chunk.names], [own.nu[k] for k in chunk.names]
+        if _adamw_by_library(rule, chunk, int(own.count) + 1, (ps, gs, mus, nus), rate, divisor):
+            return
         for piece in _pieces(ps, gs, mus, nus):
             _adamw_(rule, chunk, int(own.count) + 1, piece, rate, divisor)
         return
@@ -178,6 +184,20 @@ def _pieces(*columns: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
         return
     for i in range(0, first.numel(), SLICE):
         yield tuple([x.view(-1)[i : i + SLICE]] for (x,) in columns)
+
+
+def _adamw_by_library(
+    rule: ScaleByAdam, chunk: Chunk, count: int, lists: tuple[list[Tensor], ...], rate: float, divisor: Tensor | None
+) -> bool:
+    """Whether it was done: not where an l2 term comes before the moments, or nothing but decay is wanted."""
+    ps, gs, mus, nus = lists
+    if chunk.l2 or not chunk.gain:
+        return False
+    gs = [_laid_out(g, p) for g, p in zip(gs, ps, strict=True)]
+    return clib.adamw_(
+        ps, gs, mus, nus, rate=-rate * chunk.gain, b1=rule.b1, b2=rule.b2, eps=rule.eps,
+        decay=chunk.decay / chunk.gain, count=count, divisor=1.0 if divisor is None else float(divisor),
+    )  # fmt: skip
 
 
 def _adamw_(
