@@ -41,15 +41,16 @@ def command(words: tuple[str, ...], options: Options) -> int:
         raise ValueError(f"{plain[1]!r} is one word too many; a change is written key=value, for example lr=1e-4")
     model = trained.load(source)
     dataset = open_data(wish.data, Path("data") / f"{source.name}-chat")
-    train = settings_for(model, adapters=gather.given(wish.pairs, "lora"))
+    train = settings_for(model, adapters=gather.given(wish.pairs, "lora"), chat=dataset.manifest["kind"] == "chat")
     base = model.cfg, train, RunConfig(), Compute()
     return begun(base, wish, wish.out or default, dataset, model, preset=model.config.get("preset"))
 
 
-def settings_for(model: Trained, adapters: bool = False) -> TrainConfig:
+def settings_for(model: Trained, adapters: bool = False, chat: bool = False) -> TrainConfig:
     """The preset's settings for finetuning; for other models 1000 steps at a tenth of their rate, 3e-5 if unknown.
 
-    For `adapters` ten times the rate: they begin at nothing (Schulman et al. 2025, "LoRA Without Regret").
+    For `adapters` ten times the rate: they begin at nothing (Schulman et al. 2025, "LoRA Without Regret"). No word of
+    one `chat` looks into another.
     """
     preset = model.config.get("preset")
     if preset in FINETUNING:
@@ -58,4 +59,5 @@ def settings_for(model: Trained, adapters: bool = False) -> TrainConfig:
         before = model.config.get("train", {})
         rate, size = before.get("lr", 3e-4) / 10, before.get("batch_size", 16)
         found = TrainConfig(steps=1000, batch_size=size, lr=rate, warmup=50, schedule="linear")
+        found = override(found, documents="apart") if chat else found
     return override(found, lr=10 * found.lr, min_lr=10 * found.min_lr) if adapters else found

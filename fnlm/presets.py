@@ -63,8 +63,8 @@ TRAINING |= {"shakespeare-speedrun-pure": TRAINING["shakespeare-speedrun"], **di
 
 FINETUNING: dict[str, TrainConfig] = {
     "demo": _T(steps=1800, batch_size=8, optimizer="muon", lr=5e-3, schedule="linear"),
-    "ryan-12m": _T(steps=1000, batch_size=32, micro_batches=2, lr=3e-5, min_lr=3e-6, warmup=50),
-    "gpt2": _T(steps=5000, batch_size=4, micro_batches=4, lr=1e-5, warmup=100, dropout=0.1),
+    "ryan-12m": _T(steps=1000, batch_size=32, micro_batches=2, lr=3e-5, min_lr=3e-6, warmup=50, documents="apart"),
+    "gpt2": _T(steps=5000, batch_size=4, micro_batches=4, lr=1e-5, warmup=100, dropout=0.1, documents="apart"),
 }
 FINETUNING |= dict.fromkeys(_LARGER, FINETUNING["gpt2"])
 # fmt: on
