@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,16 +192,40 @@ def test_both_sides_agree(family: Any, values: dict[str, Any], tmp_path: Path) -
 
     model = model_of(config={"kind": "chat"}, **{**values, "vocab_size": 280})
     said = to_hf(model, tmp_path / "out", check=parity)
-    assert said["passed"], said
+    if family.model_type == "qwen2" and int(said["transformers"].partition(".")[0]) >= 5:
+        # theirs cuts a text as Qwen's does, whatever tokenizer.json says: that is found, and is all there is
+        assert not said["passed"] and said["tokenizer"]["differing"], said
+        assert said["greedy_equal"] and said["template_equal"]
+    else:
+        assert said["passed"], said
     assert said["logits"]["max_difference"] < 1e-4
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 259
+
+
+def unrounded(theirs: Any, cfg: fnlm.ModelConfig) -> None:
+    """What transformers computes in float32 whatever the model's dtype (angles of RoPE, RMSNorm), in float64."""
+    from fnlm.rotary import amplitude, frequencies
+
+    def turned(x: torch.Tensor, position_ids: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].double() * frequencies(cfg, torch.device("cpu"))
+        both = torch.cat([angles, angles], -1)
+        return (both.cos() * amplitude(cfg)).to(x), (both.sin() * amplitude(cfg)).to(x)
+
+    def normed(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt() * module.weight
+
+    for module in theirs.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.forward = turned
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(normed, module)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_their_own_files_are_read_as_they_read_them(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """A model that transformers made and saved; in float64 its RoPE stays float32."""
+    """A model that transformers made and saved, as it is, and in float64 without what it rounds to float32."""
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     import transformers
@@ -209,7 +234,7 @@ def test_their_own_files_are_read_as_they_read_them(architecture: str, dtype: to
     for values in CONFIGS[architecture]:
         cfg = fnlm.ModelConfig(**values)
         described = family.described(cfg)
-        config = transformers.AutoConfig.for_model(family.model_type, **described, attn_implementation="eager")
+        config = transformers.AutoConfig.for_model(family.model_type, **described, attn_implementation="sdpa")
         theirs = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
         made = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -217,11 +242,13 @@ def test_their_own_files_are_read_as_they_read_them(architecture: str, dtype: to
                 p.add_(0.1 * torch.randn(p.shape, generator=made, dtype=dtype))
             theirs.save_pretrained(tmp_path / "a")
             ids = torch.randint(0, cfg.vocab_size, (2, cfg.seq_len), generator=made)
+            if dtype == torch.float64:
+                unrounded(theirs, cfg)
             want = theirs(ids).logits
         read = interop.read(tmp_path / "a")
         params = read.load()
         assert {k: tuple(v.shape) for k, v in params.items()} == shapes(read.cfg)
-        exact = dtype == torch.float64 and cfg.positions == "learned"
+        exact = dtype == torch.float64
         torch.testing.assert_close(fnlm.forward(params, ids, read.cfg), want, rtol=0, atol=1e-10 if exact else 1e-5)
 
 
