@@ -19,6 +19,7 @@ from fnlm.report.chart import Chart, figure
 from fnlm.report.page import by_layer, charts
 from fnlm.report.run import Facts, Row, Run, facts, number
 from fnlm.report.scale import duration, large, said
+from webui.curves import Curves, Growing
 from webui.models import About, Models, plain
 from webui.openai import ApiError
 from webui.tail import Tail
@@ -29,17 +30,20 @@ LAYERED = ("Parameter norm by layer",)
 MOST_EVENTS = 200
 MOST_LETTERS = 20_000  # of a sample
 INTERVALS = 31  # whose median is the pace: an evaluation or a save lengthens few of them
+RESTS = 10  # as long as drawing took, before it is done again
 MOST_KEPT = 8  # runs whose rows stay in memory
 
 Json = dict[str, Any]
 
 
 class Drawn(NamedTuple):
-    """What was made of the rows of one version."""
+    """What was made of the rows of one version, at `made` and in `took` seconds (monotonic)."""
 
     version: str
     charts: str
     run: Run
+    made: float
+    took: float
 
 
 class Runs:
@@ -48,7 +52,7 @@ class Runs:
     def __init__(self, models: Models, followed: Path | None = None):
         self.models, self.followed = models, followed
         self._lock = threading.Lock()
-        self._tails: OrderedDict[Path, tuple[Tail, Drawn | None]] = OrderedDict()
+        self._kept: OrderedDict[Path, _Kept] = OrderedDict()
 
     def paths(self) -> dict[str, Path]:
         """The folder of each run by its name."""
@@ -65,18 +69,41 @@ class Runs:
         return known[0] if known else _name(at, [folder.resolve() for folder in self.models.folders])
 
     def drawn(self, name: str, path: Path) -> Drawn:
-        """The run as it is now; it is drawn anew only where lines were added or taken away."""
+        """The run as it is; it is drawn anew where lines were added or taken away, and not much of the time."""
         with self._lock:
-            tail, last = self._tails.get(path) or (Tail(path / METRICS), None)
-            version = str(tail.read())
-            if last is None or last.version != version:
-                run = Run(name, path, config_of(path), {}, list(tail.rows), [], tail.unreadable)
-                last = Drawn(version, "".join(figure(chart) for chart in chosen(run)), run)
-            self._tails[path] = (tail, last)
-            self._tails.move_to_end(path)
-            while len(self._tails) > MOST_KEPT:
-                self._tails.popitem(last=False)
+            kept = self._kept.pop(path, None) or _Kept(path)
+            self._kept[path] = kept
+            while len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
+            return kept.drawn(name)
+
+
+class _Kept:
+    """What is known of one run."""
+
+    def __init__(self, path: Path):
+        self.path, self.tail = path, Tail(path / METRICS)
+        self.rows, self.curves = self.tail.rows, Curves()
+        self.last: Drawn | None = None
+
+    def drawn(self, name: str) -> Drawn:
+        began, last = time.monotonic(), self.last
+        if last is not None and began - last.made < RESTS * last.took:
+            return last
+        version = str(self.tail.read())
+        if last is None or last.version != version:
+            last = self._draw(name, version, began)
+            self.last = last
         return last
+
+    def _draw(self, name: str, version: str, began: float) -> Drawn:
+        if self.tail.rows is not self.rows:  # the file was cut back
+            self.rows, self.curves = self.tail.rows, Curves()
+        self.curves.take(self.rows)
+        run = Growing(name, self.path, config_of(self.path), {}, list(self.rows), [], self.tail.unreadable)
+        run.curves = self.curves
+        charts = "".join(figure(chart) for chart in chosen(run))
+        return Drawn(version, charts, run, time.monotonic(), time.monotonic() - began)
 
 
 def is_run(path: Path) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,17 +18,13 @@ def thinned(series: Series, buckets: int = BUCKETS) -> Series:
     if n <= 5 * buckets:
         return series
     edges = np.linspace(0, n, buckets + 1).astype(int)
-    kept = np.unique([i for lo, hi in pairwise(edges.tolist()) for i in _notable(series.values, lo, hi)])
+    first, last = edges[:-1, None], edges[1:, None] - 1
+    index = np.minimum(first + np.arange(int((last - first).max()) + 1), last)
+    part = series.values[index]
+    gap = np.isnan(part)
+    notable = [np.where(gap, np.inf, part).argmin(1), np.where(gap, -np.inf, part).argmax(1), gap.argmax(1)]
+    kept = np.unique(np.concatenate([first[:, 0], last[:, 0], *(index[np.arange(buckets), at] for at in notable)]))
     return Series(series.steps[kept], series.values[kept])
-
-
-def _notable(values: Floats, lo: int, hi: int) -> list[int]:
-    part = values[lo:hi]
-    gaps = np.flatnonzero(np.isnan(part))
-    found = [lo, hi - 1, *(lo + gaps[:1])]
-    if len(gaps) < len(part):
-        found += [lo + int(np.nanargmin(part)), lo + int(np.nanargmax(part))]
-    return found
 
 
 def smoothed(series: Series) -> tuple[Series, int] | None:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
+from fnlm.report.chart import Chart, figure
+from fnlm.report.run import read_run
 from fnlm.track import JsonLines
 from tests.webui.running import begin, learn, tell, write
 from tests.webui.tiny import save
 from webui.app import create_app
 from webui.engine import Engine
-from webui.follow import Runs
+from webui.follow import Runs, chosen
 from webui.models import Models
 from webui.tail import Tail
 
@@ -31,7 +33,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def client(folder: Path) -> Iterator[FlaskClient]:
+def client(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlaskClient]:
+    monkeypatch.setattr("webui.follow.RESTS", 0)
     engine = Engine(Models([folder]), streams=2).start()
     yield create_app(engine).test_client()
     engine.stop()
@@ -94,6 +97,37 @@ def test_a_run_as_it_is(client: FlaskClient, folder: Path) -> None:
     assert after["charts"] != run["charts"]
     assert after["events"][-1] == {**after["events"][-1], "step": 110, "event": "spike", "message": "loss 9 is above 5"}
     assert (after["step"], after["unreadable"]) == (110, 0)
+
+
+def test_curves_that_grow_are_those_of_the_whole_run(client: FlaskClient, folder: Path) -> None:
+    def same() -> bool:
+        run = read_run(folder / "run", "run")
+        return told(client)["charts"] == "".join(figure(chart) for chart in chosen(run))
+
+    for steps in (range(110, 150, 10), range(130, 400, 10), range(20, 30), range(400, 2000)):
+        learn(folder / "run", steps, **{"health/param_norm/blocks.0": 2.0, "health/param_norm/root": None})
+        tell(folder / "run", step=steps.stop, event="resumed", message="again")
+        assert same()
+    JsonLines.truncate(folder / "run" / "metrics.jsonl", 300)
+    assert same()
+
+
+def test_drawing_rests_ten_times_as_long_as_it_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("webui.follow.time.monotonic", lambda: now[0])
+
+    def slow(chart: Chart) -> str:
+        now[0] += 1
+        return "x"
+
+    monkeypatch.setattr("webui.follow.figure", slow)
+    runs = Runs(Models([folder]))
+    first = runs.drawn("run", folder / "run")
+    assert (first.took, first.charts) == (5, "xxxxx")
+    for after, is_drawn in ((1, False), (48, False), (2, True)):
+        learn(folder / "run", range(110, 120))
+        now[0] += after
+        assert (runs.drawn("run", folder / "run") is not first) == is_drawn
 
 
 def test_a_run_before_its_first_line_and_checkpoint(tmp_path: Path) -> None:
