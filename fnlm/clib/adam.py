@@ -42,7 +42,7 @@ def adamw_(
     """
     groups = [params, grads, mus, nus]
     lib = library("adam").library
-    if lib is None or not all(map(_alike, *groups)):
+    if lib is None or _is_traced(*groups) or not all(map(_alike, *groups)):
         return False
     kinds = {p.dtype for p in params}, {g.dtype for g in grads}, {m.dtype for m in [*mus, *nus]}
     if kinds[0] != {torch.float32} or not (_is_known(kinds[1]) and _is_known(kinds[2])):
@@ -59,7 +59,9 @@ def square_sum(tensors: Sequence[Tensor]) -> float | None:
     For tensors without gaps on a CPU, all in float32 or all in bfloat16.
     """
     lib = library("adam").library
-    if lib is None or not _is_known({t.dtype for t in tensors}) or not all(map(_is_dense, tensors)):
+    if lib is None or not _is_known({t.dtype for t in tensors}) or _is_traced(tensors):
+        return None
+    if not all(map(_is_dense, tensors)):
         return None
     bf16 = ctypes.c_int64(tensors[0].dtype == torch.bfloat16)
     lib.fnlm_square_sum.restype = ctypes.c_double
@@ -67,19 +69,22 @@ def square_sum(tensors: Sequence[Tensor]) -> float | None:
     return None if total < 0 else total
 
 
+def _is_traced(*groups: Sequence[Tensor]) -> bool:
+    """Whether these have no memory of their own: all of a list do or none."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(group[0]) for group in groups if group)
+
+
 def _is_known(kinds: set[torch.dtype]) -> bool:
     return len(kinds) == 1 and kinds <= {torch.float32, torch.bfloat16}
 
 
-def _alike(*tensors: Tensor) -> bool:
-    return all(map(_is_dense, tensors)) and len({t.stride() for t in tensors}) == 1
+def _alike(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> bool:
+    return p.stride() == g.stride() == m.stride() == v.stride() and g.is_cpu and m.is_cpu and v.is_cpu and _is_dense(p)
 
 
 def _is_dense(t: Tensor) -> bool:
     """Whether its elements are all there is between its first and its last, on a CPU."""
-    if t.device.type != "cpu" or t.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(t):
-        return False
-    return t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t))
+    return t.is_cpu and (t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t)))
 
 
 def _leaves(*groups: Sequence[Tensor]) -> ctypes.Array[_Leaf]:
