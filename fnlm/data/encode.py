@@ -97,7 +97,9 @@ def assigned(pieces: Iterable[Piece], found: Survey, fraction: float) -> Iterato
         data = piece.text.encode("utf-8")
         head, tail = _cut(data, border - place)
         if head:
-            yield "train", Piece(head, piece.first, piece.last and not tail)
+            # among others, what is cut off ends like a document
+            ended = found.documents > 1 and place + len(data) >= border
+            yield "train", Piece(head, piece.first, ended or (piece.last and not tail))
         if tail:
             yield "val", Piece(tail, place <= border, piece.last)
         place += len(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -23,6 +24,10 @@ from fnlm.data import CORPORA, DataError, Preparation, Wanted, corpora, streams
 from fnlm.data.corpora import Hub, Web
 from fnlm.data.streams import SourceLost
 
+sys.path.append(str(Path(__file__).parent))
+from hub_server import hub
+
+ROOT = Path(__file__).parents[2]
 EOT = "<|endoftext|>"
 needs_datasets = pytest.mark.skipif(find_spec("datasets") is None, reason="needs datasets")
 
@@ -121,6 +126,28 @@ def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
     with pytest.raises(SourceLost, match=r"hub:.*:nosplit.*; once it can be read, the same command goes on$") as lost:
         data.prepare(todo(f"hub:{folder}::nosplit", tmp_path / "none"))
     assert (lost.value.exit_code, str(lost.value).count("\n")) == (1, 0)
+
+
+@needs_datasets
+@pytest.mark.slow
+def test_a_corpus_by_name_from_a_hub(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "www").mkdir()
+    for split in ("train", "validation"):
+        for part in range(2):
+            table = arrow.table({"text": [f"{split} {part} story {i}" for i in range(50)]})
+            name = f"{split}-0000{part}-of-00002.parquet"
+            parquet.write_table(table, tmp_path / "www" / name, row_group_size=10)
+    words = ["prepare", "tinystories", "--documents", "70", "--tokenizer", "byte", "--clean", "pii"]
+    with hub(tmp_path / "www") as (address, asked):
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
+        run = [sys.executable, "-m", "cli", *words, "--out", str(tmp_path / "out")]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    want = [f"train {i // 50} story {i % 50}" for i in range(70)]
+    assert texts_of(tmp_path / "out") == want + [f"validation {i // 50} story {i % 50}" for i in range(100)]
+    assert "train: pii saw 70 documents" in done.stdout
+    assert {path.split("/resolve")[0] for path in asked if "resolve" in path} == {"/datasets/roneneldan/TinyStories"}
 
 
 KILLED = """
@@ -374,3 +401,75 @@ def test_two_at_once_into_one_folder_are_refused(tmp_path: Path) -> None:
 
     data.prepare(one, progress=second)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+# Documents and splits
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25])
+def test_a_long_document_is_cut(fraction: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fnlm.data.encode.LONG", 1000)
+    monkeypatch.setattr("fnlm.data.sources.PIECE", 64)
+    long = "".join(f"{i} né " for i in range(2000))
+    file = jsonl(tmp_path / "a.jsonl", [{"text": f"short {i}"} for i in range(30)] + [{"text": long}])
+    said: list[str] = []
+    data.prepare(todo(file, tmp_path / "out", val_fraction=fraction), said.append)
+    size = len(long.encode())
+    assert said[-1] == f"document 31 has {size:,} bytes: its last {100 * fraction:g} % are to validate with"
+    made = data.open(tmp_path / "out")
+    train, val = (made.tokenizer.decode(split.tokens) for split in (made.train, made.val))
+    ends = [next(t for t in text.split(EOT) if "né" in t) for text in (train, val)]
+    assert "".join(ends) == long  # nothing twice, nothing lost
+    assert abs(len(ends[1].encode()) - fraction * size) < 4
+    assert sorted(t for t in (train + val).split(EOT) if t.startswith("short")) == sorted(
+        f"short {i}" for i in range(30)
+    )
+
+
+def test_what_is_validated_on_is_left_out_of_train(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ("one", "two", "three", "two", "four")])
+    val = jsonl(tmp_path / "b.jsonl", [{"text": t} for t in ("two", "three", "two", "five")])
+    said: list[str] = []
+    made = data.prepare(todo(file, tmp_path / "out", val=(str(val),)), said.append)
+    assert texts_of(tmp_path / "out") == ["one", "four", "two", "three", "two", "five"]
+    assert "3 validation documents repeat in train: 3 copies left out there" in said
+    assert made["repeated"] == {"validation": 3, "train": 3}
+
+
+def test_dailydialogs_validation_repeats_in_train(test_data: Path, tmp_path: Path) -> None:
+    train, val = (str(test_data / "dialog" / f"dailydialog-{name}.txt") for name in ("train", "validation"))
+    said: list[str] = []
+    made = data.prepare(Preparation((train,), tmp_path / "out", "byte", val=(val,)), said.append)
+    assert "69 validation conversations repeat in train: 71 copies left out there" in said
+    assert (made["splits"]["train"]["documents"], made["splits"]["val"]["documents"]) == (11118 - 71, 1000)
+
+
+def test_the_prefix_of_a_tokenizer_begins_each_document(test_data: Path, tmp_path: Path) -> None:
+    from fnlm.interop.vocabulary import from_pieces
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b"]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.json").write_text(from_pieces(pieces, [0.0] * len(pieces)))
+    file = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ("a", "ab", "b", "ba")])
+    made = data.prepare(todo(file, tmp_path / "out", tokenizer=str(tmp_path / "t")))
+    assert made["prefix"] == [1]
+    opened = data.open(tmp_path / "out")
+    ids = [*opened.train.tokens.tolist(), *opened.val.tokens.tolist()]
+    assert ids.count(1) == ids.count(2) == 4
+    assert all(b == 1 for a, b in zip(ids, ids[1:], strict=False) if a == 2)
+    assert data.boundary(opened) == (None, 1)
+    assert data.boundary(data.open(_bytes(file, tmp_path / "bytes"))) == (256, None)
+    talk = jsonl(tmp_path / "c.jsonl", [{"prompt": t, "completion": "b"} for t in ("a", "ab", "b", "ba")])
+    one = todo(talk, tmp_path / "chat", tokenizer=str(tmp_path / "t"), special=("<|im_start|>", "<|im_end|>"))
+    with pytest.raises(DataError, match=r"no <\|endoftext\|>"):
+        data.prepare(one)
+    data.prepare(replace(one, special=data.chat.CHAT_SPECIAL))
+    chat = data.open(tmp_path / "chat")
+    assert chat.train.tokens[0] == 1 and chat.train.mask is not None and chat.train.mask[0] == 0
+    with pytest.raises(DataError, match="nothing stands between documents"):
+        data.boundary(data.open(_bytes(file, tmp_path / "char", "char")))
+
+
+def _bytes(file: Path, out: Path, tokenizer: str = "byte") -> Path:
+    data.prepare(todo(file, out, tokenizer=tokenizer))
+    return out
