@@ -20,14 +20,17 @@ KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is laid out as Hugging Face's models are: its config.json names an architecture."""
+    """Whether a folder is laid out as Hugging Face's models are: its config.json names an architecture.
+
+    One whose config.json cannot be read, beside their weights, counts: `read` says what is wrong with it.
+    """
     file = path / CONFIG
     if not file.is_file() or (path / "checkpoints").is_dir() or (path / "COMMITTED").is_file():
         return False
     try:
         found = stored.read_json(file)
     except CheckpointError:
-        return False
+        return (path / stored.WEIGHTS).is_file() or (path / stored.INDEX).is_file()
     return "architectures" in found or "model_type" in found
 
 

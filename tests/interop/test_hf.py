@@ -239,6 +239,59 @@ def test_hostile_files_are_one_line(what: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def _shards(folder: Path) -> None:
+    """Two files and their index, of which the second has not come."""
+    whole = load_file(folder / "model.safetensors")
+    names = sorted(whole)
+    save_file({name: whole[name] for name in names[:3]}, folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors").unlink()
+    placed = {name: f"model-0000{1 + (i > 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+
+
+def _half(name: str) -> Any:
+    def cut(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+
+    return cut
+
+
+def _larger(folder: Path) -> None:
+    spec = json.loads(BYTES)
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 300, "content": "<|more|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+
+UNFIT = {
+    "a shard is missing": (
+        _shards,
+        "has no model-00002-of-00002.safetensors, which model.safetensors.index.json names",
+    ),
+    "half of the weights": (_half("model.safetensors"), "is cut off"),
+    "half of config.json": (_half("config.json"), "config.json is not JSON"),
+    "half of tokenizer.json": (_half("tokenizer.json"), "its tokenizer cannot be read"),
+    "a larger tokenizer": (_larger, "the tokenizer has 301 tokens, the model only vocab_size=300"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer; give one"),
+}
+
+
+@pytest.mark.parametrize("command", ["import", "eval", "sample", "merge", "export"])
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_download_that_is_not_whole(what: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, exit code 4, nothing written, whichever command meets it."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "a", LLAMA, LLAMA_VALUES)
+    spoil, says = UNFIT[what]
+    spoil(tmp_path / "a")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    more = {"import": ["--out", "run"], "export": ["--out", "run"], "merge": ["--out", "run"], "eval": ["--data", "a"]}
+    result = CliRunner().invoke(cli, [command, "a", *more.get(command, [])])
+    assert result.exit_code == 4, result.output
+    assert says in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     written(tmp_path, LLAMA, LLAMA_VALUES)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
