@@ -102,7 +102,9 @@ def _native(
     places = [s + i for s, n in zip(starts, counts, strict=True) for i in range(n)]
     meant = torch.tensor(rows, dtype=torch.int64)
     if before is not None:
-        cache.tokens[meant, torch.tensor(places)] = tokens.flatten() if tokens.shape[1] > 1 else tokens[meant, 0]
+        cache.tokens[meant, torch.tensor(places, dtype=torch.int64)] = (
+            tokens.flatten() if tokens.shape[1] > 1 else tokens[meant, 0]
+        )
     x = x if len(x) == len(rows) else x[meant]
     assert ready.native is not None
     logits = native.step(

@@ -18,8 +18,8 @@ FLOORS = (
     "machine < clib",
     "random < dropout | environment | config < overrides < names | collectives | compiling | kernels",
     "attention < blocked < rotary < places < ngrams < linear < mlp < sublayers < forward < losses | optim | "
-    "sharding | tokenizers | world | quantize | cleaning",
-    "params < lora < trainable < presets | sampling | merging | data | cache < native < prepared < decode",
+    "sharding | tokenizers | world | cleaning",
+    "params < lora < trainable < presets | sampling | merging | data | quantize | cache < native < prepared < decode",
     "links < step < sharded_optim < sharded < forecast < elastic | tokens < speculate < generate | evaluate | "
     "checkpoint < interop < trained | lift | budget",
     "track < loop | report | evaluation | benchmark_strategies | "

@@ -17,10 +17,11 @@ from fnlm.tree import equal
 from tests.reference import BASE, CASES, random_params, random_tokens
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_decode_is_forward_with_what_the_steps_stand_for(name: str) -> None:
-    cfg = fnlm.ModelConfig(**{**BASE, **CASES[name]})
-    small = quantize(random_params(shapes(cfg), dtype=torch.float32))
+def test_decode_is_forward_with_what_the_steps_stand_for(name: str, bits: Any) -> None:
+    cfg = fnlm.ModelConfig(**{**BASE, **CASES[name], **({"d_model": 32} if bits == 4 else {})})
+    small = quantize(random_params(shapes(cfg), dtype=torch.float32), bits)
     tokens = random_tokens(cfg.vocab_size, 2, 8)
     cache = init_cache(cfg, 2)
     ready = prepare(small, cfg)
@@ -59,3 +60,29 @@ def test_every_matrix_of_a_block_is_small() -> None:
     torch.testing.assert_close(logits, fnlm.forward(params, tokens, cfg)[:, -1], rtol=0.1, atol=0.05)
     matrices = [p for block in ready.blocks for p in block.values() if p.ndim == 2]
     assert {p.dtype for p in matrices} == {torch.int8}
+
+
+def test_four_bits_are_within_a_step() -> None:
+    w = torch.randn(20, 96)
+    w[3], w[4], w[5, :40] = 0, w[4] * 1e-30, w[5, :40] * 1e4
+    params = {"head.weight": w, "a.weight": w, "b.weight": w[:, :48], "c.weight": w.bfloat16(), "norm.weight": w[0]}
+    small, whole = quantize(params, bits=4), dequantize(quantize(params, bits=4))
+    assert (small["a.weight"].dtype, small["a.weight"].shape, small["a.scale"].shape) == (
+        torch.uint8,
+        (20, 48),
+        (20, 3),
+    )
+    assert small["head.weight"].dtype == small["b.weight"].dtype == torch.int8
+    steps = small["a.scale"].abs().repeat_interleave(32, 1)
+    assert bool(((whole["a.weight"] - w).abs() <= 1.001 * steps).all())  # one side has 8 steps, the other 7
+    assert float((whole["a.weight"] - w)[6:].pow(2).mean().sqrt()) < 0.1
+    assert (small["c.scale"].dtype, whole["c.weight"].dtype) == (torch.bfloat16, torch.bfloat16)
+    assert equal(quantize(small, bits=4), small)
+    low, high = small["a.weight"][7, 16] & 15, small["a.weight"][7, 16] >> 4
+    assert whole["a.weight"][7, 32].item() == (int(low) - 8) * small["a.scale"][7, 1].item()
+    assert whole["a.weight"][7, 48].item() == (int(high) - 8) * small["a.scale"][7, 1].item()
+
+
+def test_other_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match="bits=3 must be 8 or 4"):
+        quantize({}, bits=3)  # type: ignore[arg-type]
