@@ -19,8 +19,22 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from cli.prepared import shown, summary
 from fnlm import data
 from fnlm.data import Preparation, Wanted, corpora
+from fnlm.interop import vocabulary
+from fnlm.interop.stored import read_json
 
-TEXTUAL = ("tokenizer", "val", "val_fraction", "clean", "workers", "domains", "documents", "special", "npy", "dtype")
+TEXTUAL = (
+    "tokenizer",
+    "val",
+    "val_fraction",
+    "clean",
+    "workers",
+    "domains",
+    "documents",
+    "special",
+    "npy",
+    "dtype",
+    "template",
+)
 
 
 @click.command()
@@ -46,6 +60,7 @@ TEXTUAL = ("tokenizer", "val", "val_fraction", "clean", "workers", "domains", "d
 @click.option("--dtype", type=click.Choice(["uint16", "uint32"]), help="Of the ids. [default: the smallest]")
 @click.option("--force", is_flag=True, help="Replace what is in the folder.")
 @click.option("--verify", is_flag=True, help="PATH is a prepared folder: check every byte, id and count.")
+@click.option("--template", type=click.Path(path_type=Path), metavar="PATH", help="A model's, or .jinja. [ChatML]")
 @click.option("--show", type=click.IntRange(1), metavar="N", help="Print N documents, learnt tokens marked.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
 def command(
@@ -65,6 +80,7 @@ def command(
     dtype: str | None,
     force: bool,
     verify: bool,
+    template: Path | None,
     show: int | None,
     as_json: bool,
 ) -> None:
@@ -98,7 +114,7 @@ def command(
         first = Preparation(
             paths, out or Path("data") / name_of(paths), tokenizer, val, val_fraction, special, npy, dtype
         )
-        todo = preparations(replace(first, wanted=wanted))
+        todo = preparations(replace(first, wanted=wanted, template=template and template_of(template)))
     for one in todo:
         with progress_bar() as progress:
             data.prepare(one, say, progress, force)
@@ -120,11 +136,30 @@ def preparations(one: Preparation) -> list[Preparation]:
     """The one that is asked for, or those of the data of a name."""
     if len(one.paths) > 1 or not is_called(one.paths, *data.NAMES):
         return [one]
-    refuse("val", "val_fraction", "clean", "domains", why="the data of a name are validated on others of their kind")
+    refuse(
+        "val",
+        "val_fraction",
+        "clean",
+        "domains",
+        "template",
+        why="the data of a name are validated on others of their kind",
+    )
     own = {"tokenizer": one.tokenizer} if is_given("tokenizer") else {}
     return data.named(
         one.paths[0], one.out, one.wanted.documents, special=one.special, npy=one.npy, dtype=one.dtype, **own
     )
+
+
+def template_of(path: Path) -> str:
+    """The chat template of a run, of a folder of Hugging Face's, or a file. Raises ValueError where there is none."""
+    if path.is_file():
+        return vocabulary.text_of(path)
+    found = vocabulary.template_of(path)
+    if found is None and (path / "config.json").is_file():
+        found = read_json(path / "config.json").get("interop", {}).get("template")
+    if found is None:
+        raise ValueError(f"{path} has no chat template; give a run, a folder of Hugging Face's, or a .jinja file")
+    return str(found)
 
 
 def is_called(paths: tuple[str, ...], *names: str) -> bool:

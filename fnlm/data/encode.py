@@ -14,6 +14,7 @@ from fnlm.data import arrays, chat
 from fnlm.data.chat import Messages
 from fnlm.data.manifest import DataError
 from fnlm.data.sources import Piece
+from fnlm.data.template import Template
 from fnlm.tokenizers import Tokenizer
 
 CHARACTERS, DOCUMENTS, TOKENS = 1 << 20, 1 << 13, 1 << 22
@@ -128,10 +129,13 @@ def text_blocks(pieces: Iterable[tuple[str, Piece]], tokenizer: Tokenizer) -> It
             yield Block(split, np.concatenate(parts), None, sum(p.first for p, _ in rows), size, done)
 
 
-def chat_blocks(rows: Iterable[tuple[str, Messages]], tokenizer: Tokenizer) -> Iterator[Block]:
-    """Conversations as ChatML with their masks."""
+def chat_blocks(
+    rows: Iterable[tuple[str, Messages]], tokenizer: Tokenizer, template: Template | None = None
+) -> Iterator[Block]:
+    """Conversations with their masks, as ChatML or by a template."""
     for group in grouped(rows, lambda item: sum(len(m["content"]) for m in item[1])):
-        rendered = chat.render(tokenizer, [messages for _, messages in group])
+        talks = [messages for _, messages in group]
+        rendered = template.render(talks) if template else chat.render(tokenizer, talks)
         splits = sorted({name for name, _ in group})
         for split in splits:
             here = [i for i, (name, _) in enumerate(group) if name == split]

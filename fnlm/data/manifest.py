@@ -109,6 +109,10 @@ def boundary(dataset: Dataset) -> tuple[int | None, int | None]:
     manifest = dataset.manifest
     if manifest.get("prefix"):
         return None, int(manifest["prefix"][0])
+    if manifest.get("eot_within"):
+        raise DataError(
+            f"{dataset.folder}: its chat template ends turns as documents end; train with documents=together"
+        )
     if manifest["eot_id"] is None:
         raise DataError(
             f"{dataset.folder}: nothing stands between documents, as its tokenizer has no end of text; "
@@ -188,6 +192,8 @@ def _check_ids(data: Dataset, name: str, split: Split) -> None:
             raise DataError(f"{name}: token {at} is {block[wrong[0]]}, vocab_size is {data.manifest['vocab_size']}")
         ends += int(np.count_nonzero(block == data.manifest["eot_id"]))
     # The last document of a split may go on in the other.
+    if data.manifest.get("eot_within"):
+        return
     if data.manifest["eot_id"] is not None and not ends <= split.documents <= ends + 1:
         raise DataError(f"{name}: {ends} documents end here, manifest.json says {split.documents}")
 

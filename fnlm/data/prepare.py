@@ -23,6 +23,7 @@ from fnlm.data.manifest import FORMAT, SPLITS
 from fnlm.data.sink import Sink
 from fnlm.data.sources import Piece, Written
 from fnlm.data.streams import SourceLost
+from fnlm.data.template import Template
 from fnlm.data.vocabulary import check, dtype_for, learnt_from, make_tokenizer
 from fnlm.tokenizers import Tokenizer
 
@@ -41,7 +42,8 @@ class Preparation:
     `tokenizer` is char, byte, bpe:SIZE, gpt2, cl100k (either with `:FOLDER` for tiktoken's files) or a tokenizer.json;
     `val` names files of their own, otherwise `val_fraction` of the documents, by their hash, is val; None: the
     validation split of a corpus that has one, else a tenth. `wanted`: which documents are taken, and how they are
-    cleaned. `written` stands for text without files; then there are no paths, and what it says is val.
+    cleaned. `written` stands for text without files; then there are no paths, and what it says is val. `template` is
+    the text of a chat template in Jinja, with which conversations are written instead of ChatML.
     """
 
     paths: tuple[str, ...]
@@ -54,6 +56,7 @@ class Preparation:
     dtype: str | None = None
     written: Written | None = None
     wanted: Wanted = field(default_factory=Wanted)
+    template: str | None = None
 
     def __post_init__(self) -> None:
         if self.val_fraction is not None and not 0.0 < self.val_fraction < 1.0:
@@ -126,6 +129,7 @@ def _filled(stage: Path, todo: Preparation, say: Say, progress: Told) -> dict[st
         "kind": "chat" if masked else "text",
         "splits": splits,
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
+        **(Template(todo.template, tokenizer).about() if todo.template else {}),
         **({"repeated": repeated} if repeated else {}),
         **({"cleaned": given.cleaned} if given.cleaned else {}),
     }
@@ -145,9 +149,12 @@ def _from_files(
     if at.found is None:
         total = sum(file.stat().st_size for file in files + val_files)
         return tokenizer, token_blocks(files, val_files, todo.fraction, tokenizer), total
+    if todo.template and kind != "chat":
+        raise ValueError(f"--template is for conversations; {files[0]} holds {kind}")
     if kind == "chat":
         talks = apart.conversations(given, at.found, todo.fraction, say, repeated)
-        return tokenizer, chat_blocks(islice(talks, at.items, None), tokenizer), at.found.bytes
+        template = Template(todo.template, tokenizer) if todo.template else None
+        return tokenizer, chat_blocks(islice(talks, at.items, None), tokenizer, template), at.found.bytes
     texts_apart = apart.documents(given, at.found, todo.fraction, say, repeated)
     return tokenizer, text_blocks(islice(texts_apart, at.items, None), tokenizer), at.found.bytes
 
@@ -182,6 +189,7 @@ def _settings(todo: Preparation) -> dict[str, Any]:
     """What decides the result, besides the sources: the number of workers does not."""
     names = ("tokenizer", "special", "npy", "dtype")
     settings = {name: getattr(todo, name) for name in names} | {"val_fraction": todo.fraction}
+    settings |= {"template": todo.template} if todo.template else {}
     settings |= {name: value for name, value in todo.wanted._asdict().items() if value and name != "workers"}
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
 
