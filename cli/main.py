@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": "Turn text or conversations into tokens to train on.",
     "train": "Train a model on prepared data.",
     "finetune": "Train a trained model further, on other data.",
+    "tune": "Find a learning rate and a number of steps.",
     "sample": "Continue prompts with a trained model.",
     "chat": "Talk with a trained model in the terminal.",
     "serve": "Open a chat page and an OpenAI-compatible API.",

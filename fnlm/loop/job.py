@@ -26,7 +26,8 @@ class Job:
 
     `params`: start from these instead of anew. `resume`: a checkpoint with the whole state, of this run or of another
     with the same model and optimizer; `partial`: or another one, of which only what fits is taken. `or_older`: where
-    several ranks find `resume` damaged, they take the one before it (one process looks before it starts).
+    several ranks find `resume` damaged, they take the one before it (one process looks before it starts). `until`: end
+    after this step, evaluated and saved, as one that goes on with the schedule of `train` later.
     """
 
     cfg: ModelConfig
@@ -39,6 +40,7 @@ class Job:
     params: Params | None = None
     resume: Path | None = None
     partial: bool = False
+    until: int | None = None
     or_older: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 

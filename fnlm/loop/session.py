@@ -94,6 +94,11 @@ class Session:
         return int(self.state.step)
 
     @property
+    def last(self) -> int:
+        """The step to end after."""
+        return self.job.train.steps if self.job.until is None else min(self.job.until, self.job.train.steps)
+
+    @property
     def tokens(self) -> int:
         """Those seen since the beginning."""
         return self.sizes.first(self.step) * self.job.cfg.seq_len
@@ -116,7 +121,7 @@ class Session:
 
     def _batches(self) -> Generator[Batch, None, None]:
         job = self.job
-        return data.batches(job.dataset.train, job.cfg.seq_len, self.sizes, self.order, self.step, job.train.steps)
+        return data.batches(job.dataset.train, job.cfg.seq_len, self.sizes, self.order, self.step, self.last)
 
     def _once(self, batch: Batch) -> Outcome | None:
         """A step and what follows it."""
@@ -136,7 +141,7 @@ class Session:
             self.watched = None
         if ended is None and self.stop():
             ended = self._stopped()
-        return ended or (self._pause() if self.step < self.job.train.steps else None)
+        return ended or (self._pause() if self.step < self.last else None)
 
     def _judge(self, value: Tensor, norm: Tensor, grads: Params, params: Params) -> bool:
         """Between gradients and optimizer: whether to take the step (`fnlm.step.Judge`)."""
@@ -232,12 +237,14 @@ class Session:
 
     def _catch_up(self) -> Outcome | None:
         """The evaluation of the step that was resumed at: it comes after the save, and may be missing."""
-        if not due(self.step, self.job.run.eval_every) or self.step >= self.job.train.steps:
+        if self.step >= self.last:
             return None
         rows = JsonLines.read(self.job.folder / files.METRICS) if self.team.lead else []
         known = [row["val/loss"] for row in rows if row.get("step") == self.step and row.get("val/loss") is not None]
         loss = self.team.said(known[-1] if known else None)
-        return self._evaluate() if loss is None else self._compare(loss)
+        if loss is not None:
+            return self._compare(loss)
+        return self._evaluate() if due(self.step, self.job.run.eval_every) else None
 
     def _before(self) -> None:
         """The validation loss and samples of the model that training starts from; a signal is seen to after a step."""

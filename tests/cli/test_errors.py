@@ -83,6 +83,13 @@ MISTAKES = [
     ("import empty.txt", BAD, r"empty\.txt is no model.*"),
     # what does not fit
     ("train demo data/tale batch_size=4000000", UNFIT, r".*memory.*|.*GiB.*"),
+    ("tune", USAGE, r"which model\? name a run or a preset, such as demo.*"),
+    ("tune nonesuch data/tale", BAD, r"there is no nonesuch.*"),
+    ("tune runs/tiny data/tale --lrs fast", USAGE, r"--lrs fast is no list of numbers above 0; .*"),
+    ("tune runs/tiny data/tale --lengths 3 --budget 9", USAGE, r"--budget sets the number of steps; .*"),
+    ("tune runs/tiny data/tale --out data", USAGE, r"data holds what no search has written; .*"),
+    ("tune runs/tiny data/bytes", BAD, OTHER + r".*"),
+    ("export runs/tiny --to peft", BAD, r"runs/tiny.* has no adapters: it was not trained with lora=RANK"),
     # data
     ("prepare none.txt", FAILURE, r"none\.txt: no such file, folder or pattern"),
     ("prepare empty.txt", BAD, r"empty\.txt is empty"),
