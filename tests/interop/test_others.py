@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,47 @@ def test_four_bits_by_the_words_of_the_format() -> None:
     q4_1 = np.concatenate([np.tile(np.array([[d, m]]).view(np.uint8), (3, 1)), packed], 1)
     assert (gguf.DEQUANTISED[2](q4_0.ravel()) == [[0.25 * (q - 8) for q in row] for row in low]).all()
     assert (gguf.DEQUANTISED[3](q4_1.ravel()) == [[0.25 * q - 1.5 for q in row] for row in low]).all()
+
+
+def q6_k(path: Path) -> np.ndarray:
+    """A file with one matrix in Q6_K, of random bytes whose scales are small; returns the bytes of its blocks."""
+    small_gguf(path, 0)
+    draw = np.random.default_rng(0)
+    blocks = draw.integers(0, 256, (96 * 64 // 256, 210), dtype=np.uint8)
+    blocks[:, 208:] = np.full((len(blocks), 1), 2.0**-12, np.float16).view(np.uint8)
+    cfg = fnlm.ModelConfig(**{**LLAMA, "n_kv_heads": 2})
+    params, tensors = params_of(cfg), {}
+    for t in gguf.ties(cfg):
+        x = join(t, params, cfg).contiguous()
+        own = t.theirs == "blk.0.ffn_up.weight"
+        data = blocks.tobytes() if own else x.numpy().tobytes()
+        tensors[t.theirs] = (14 if own else 0, tuple(x.shape), data)
+    gguf_file(path, tensors)
+    return blocks
+
+
+def test_k_quants_are_read_by_the_package(tmp_path: Path) -> None:
+    """Q6_K of 256 numbers: 128 bytes of low halves, 64 of high quarters, 16 scales, and the scale of all as float16."""
+    pytest.importorskip("gguf", reason="gguf is not installed; pip install 'fnlm[gguf]'")
+    blocks = q6_k(tmp_path / "a.gguf")
+    got = interop.read(tmp_path / "a.gguf").load()["blocks.0.mlp.up.weight"].flatten().view(-1, 256)
+    for block, found in zip(blocks[:3], got, strict=False):
+        low, high, scales = block[:128], block[128:192], block[192:208].view(np.int8)
+        for i in range(256):
+            half, part, at = i // 128, i % 128 // 32, i % 32
+            nibble = int(low[64 * half + 32 * (part % 2) + at]) >> (4 * (part // 2)) & 15
+            q = (nibble | (int(high[32 * half + at]) >> (2 * part) & 3) << 4) - 32
+            assert float(found[i]) == pytest.approx(2.0**-12 * int(scales[i // 16]) * q)
+
+
+def test_k_quants_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    q6_k(tmp_path / "a.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, ["import", "a.gguf", "--tokenizer", "byte"])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (4, 1)
+    assert "tensors of ggml's type 14 (K-quants and the like) need a package: pip install 'fnlm[gguf]'" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
 
 
 @pytest.mark.parametrize(("kind", "atol"), [("fp32", 0.0), ("fp16", 1e-3), ("q8_0", 5e-3)])
