@@ -31,9 +31,8 @@ class Note(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """A gather on its way."""
+    """A gather on its way; this rank's row of `out` is what it gives."""
 
-    row: Tensor
     out: Tensor
     work: Work
 
@@ -65,34 +64,41 @@ class Gathering:
         else:
             yield
         self.ahead = -1
+        if self.regather and torch.is_grad_enabled():
+            self._send_for(self.layout.group_names[-1])
 
     def lift(self, group: str) -> Params:
         """The whole parameters of a group; from here on only the model holds them, where they are gathered again."""
         whole = self.gathered(group)
-        if self._drops(group):
+        if self.layout.regathers(group):
             self.home |= {StorageWeakRef(t.untyped_storage()): (group, name) for name, t in whole.items()}
             del self.here[group]
         return whole
 
     def used(self, group: str) -> None:
-        """The backward pass of a group is over."""
-        if self.last or self._drops(group):
+        """The backward pass of a group is over. The first group is in use from the first to the last moment."""
+        if self.last or (self.regather and group != self.layout.group_names[0]):
             self.here.pop(group, None)
 
-    def _drops(self, group: str) -> bool:
-        """The first group is in use from the first to the last moment: dropping it would save nothing."""
-        return self.regather and group != self.layout.group_names[0]
+    def end(self) -> None:
+        """The backward pass of all groups is over, of those too whose gradients nobody asked for."""
+        for group in list(self.here):
+            self.used(group)
 
     def gathered(self, group: str) -> Params:
         """The whole parameters of a group; the next groups are sent for once its buffer is free."""
         if group not in self.here:
             self._launch(group)
             self.here[group] = self._land(group)
-            order, i = self.layout.group_names, self.layout.group_names.index(group)
-            for j in range(1, self.layout.strategy.prefetch + 1):
-                if 0 <= i + j * self.ahead < len(order):
-                    self._launch(order[i + j * self.ahead])
+            self._send_for(group)
         return self.here[group]
+
+    def _send_for(self, group: str) -> None:
+        """Send for those that come after a group."""
+        order, i = self.layout.group_names, self.layout.group_names.index(group)
+        for j in range(1, self.layout.strategy.prefetch + 1):
+            if 0 <= i + j * self.ahead < len(order):
+                self._launch(order[i + j * self.ahead])
 
     def _launch(self, group: str) -> None:
         if group in self.flying or group in self.here:
@@ -100,11 +106,11 @@ class Gathering:
         pack, params = self.layout.groups[group], self.rest[group]
         one = params[pack.slots[0].name]
         new = one.new_empty if pack.even else one.new_zeros
-        row = new(pack.width, dtype=self.dtype or one.dtype)
+        out = new(pack.parts * pack.width, dtype=self.dtype or one.dtype)
+        row = out[self.state.index * pack.width :][: pack.width]
         views = pack.views(row, 1)
         torch._foreach_copy_([s.piece(views[s.name][0]) for s in pack.slots], [params[s.name] for s in pack.slots])
-        out = row.new_empty(pack.parts * pack.width)
-        self.flying[group] = Flight(row, out, self.state.wire.all_gather(out, row))
+        self.flying[group] = Flight(out, self.state.wire.all_gather(out, row))
 
     def _land(self, group: str) -> Params:
         flight, pack = self.flying.pop(group), self.layout.groups[group]

@@ -11,7 +11,7 @@ from torch import Tensor
 from fnlm.collectives import Axis
 from fnlm.sharding.mesh import Mesh
 from fnlm.sharding.specs import P, Rules, Shape, local_shape, slices, spec_of
-from fnlm.sharding.strategy import Strategy, batch_axes, check_axes
+from fnlm.sharding.strategy import MOST, Strategy, batch_axes, check_axes
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Slot:
     def even(self) -> bool:
         """Whether the pieces fill the whole exactly."""
         return self.chunk * self.parts == self.whole[self.dim] if self.whole else True
+
+    @property
+    def flat(self) -> bool:
+        """Whether a contiguous whole is its buffer, element for element."""
+        return bool(self.whole) and self.even and self.dim == 0
 
     def pairs(self, x: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of a whole parameter and of its place in a buffer, (parts, chunk, *rest): the same elements."""
@@ -102,6 +107,8 @@ class Layout:
         n = self.state.size if self.state else 1
         self.groups = {g: Pack(tuple(self._slot(k) for k in names), n) for g, names in groups.items()}
         self.group_of = {s.name: g for g, pack in self.groups.items() for s in pack.slots}
+        self.slot_of = {s.name: s for pack in self.groups.values() for s in pack.slots}
+        self.typical = self._typical()
         self.buckets = list(self._buckets(n))
         self.bucket_of = {s.name: b for b in self.buckets for s in b.slots}
 
@@ -126,19 +133,34 @@ class Layout:
         chunk = -(-whole[dim] // parts) if whole else 1
         return Slot(name, whole, local_shape(self.shapes[name], spec, self.mesh), dim, chunk, parts)
 
+    def _typical(self) -> int:
+        """The elements of the largest group but the first, which is always here: what one more group costs."""
+        packs = list(self.groups.values())
+        return max((pack.parts * pack.width for pack in packs[1:] or packs), default=0)
+
     def _buckets(self, n: int, itemsize: int = 4) -> Iterator[Pack]:
         """The slots in the order of the backward pass, as many together as `bucket_bytes` allows."""
+        asked = self.strategy.bucket_bytes
+        most = min(MOST, itemsize * self.typical // 4) if asked == "auto" else asked or 0
         few: list[Slot] = []
         size = 0
-        for slot in (s for g in reversed(self.group_names) for s in self.groups[g].slots):
+        for slot in (s for g in reversed(self.group_names) for s in reversed(self.groups[g].slots)):
             nbytes = itemsize * n * slot.width
-            if few and size + nbytes > (self.strategy.bucket_bytes or 0):
+            if few and size + nbytes > most:
                 yield Pack(tuple(few), n)
                 few, size = [], 0
             few.append(slot)
             size += nbytes
         if few:
             yield Pack(tuple(few), n)
+
+    def regathers(self, group: str) -> bool:
+        """Whether a group is dropped after its forward pass and gathered again for its backward pass.
+
+        The first is in use from the first to the last moment, and the last is used again at once.
+        """
+        ends = (self.group_names[0], self.group_names[-1])
+        return self.state is not None and self.strategy.regather and group not in ends
 
     @property
     def split_axes(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ class Link:
         self.there = Gathering(layout) if layout.state is not None else None
         self.back = Reducing(layout, dtype) if layout.state is not None or layout.copies is not None else None
         self.like: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}
+        self.left: dict[str, set[str]] = {}
 
     @contextmanager
     def forward(self, params: Params, last: bool = True) -> Iterator[None]:
@@ -35,6 +36,7 @@ class Link:
         self.like = {k: (p.shape, p.dtype, p.device) for k, p in params.items()}
         if self.back is not None:
             self.back.begin(last)
+            self.left = {g: {s.name for s in pack.slots} for g, pack in self.layout.groups.items()}
         if self.there is None:
             yield
         else:
@@ -45,19 +47,32 @@ class Link:
         """The parameters of a group in use; the forward calls it once, just before the group computes."""
         names = tuple(params)
         pack = self.layout.groups.get(group)
-        if pack is None or not _same_names(names, [s.name for s in pack.slots]):
+        full = [s.name for s in pack.slots] if pack else []
+        if not _same_names(names, full):
             here = ", ".join(self.layout.groups)
             raise ValueError(f"{group!r} with {', '.join(names)} is no group of the layout, which has {here}")
         if self.back is None:
             return params
-        out: tuple[Tensor, ...] = _Lift.apply(self, group, *params.values())  # type: ignore[no-untyped-call]
-        return dict(zip(names, out, strict=True))
+        whole = self.there.lift(group) if self.there is not None else dict(zip(full, params.values(), strict=True))
+        return {k: _lift(self, f, p, whole[f]) for (k, p), f in zip(params.items(), full, strict=True)}
+
+    def arrive(self, name: str, grad: Tensor | None) -> None:
+        """A gradient is complete; None where the loss does not depend on the parameter."""
+        assert self.back is not None
+        group = self.layout.group_of[name]
+        self.left[group].discard(name)
+        if self.there is not None and not self.left[group]:
+            self.there.used(group)
+        if grad is not None:
+            self.back.arrive(name, grad)
 
     def finish(self, grads: dict[str, Tensor | None]) -> Params:
         """After the backward pass: the gradients at rest of this micro-batch, or of all where they add up; else {}.
 
         `grads`: what autograd gave; taken as it is where nothing travels.
         """
+        if self.there is not None:
+            self.there.end()
         if self.back is not None:
             return self.back.finish(next(iter(self.like.values()))[2])
         out = {}
@@ -72,21 +87,31 @@ def _same_names(own: Sequence[str], full: Sequence[str]) -> bool:
     return len(own) == len(full) and all(f.endswith(o) for o, f in zip(own, full, strict=True))
 
 
+AT_ONCE = (1 << 63) - 1
+"""A place in autograd's queue before all others."""
+
+
+def _lift(link: Link, name: str, param: Tensor, whole: Tensor) -> Tensor:
+    """One parameter in use. Autograd takes the node that was made last first, and this one was made before its group's.
+
+    So it is told to take it at once, or gradients would wait for those of the whole group.
+    """
+    out: Tensor = _Lift.apply(link, name, param, (whole,))  # type: ignore[no-untyped-call]
+    if out.grad_fn is not None and hasattr(out.grad_fn, "_set_sequence_nr"):
+        out.grad_fn._set_sequence_nr(AT_ONCE)
+    return out
+
+
 class _Lift(torch.autograd.Function):
-    """One group's parameters, from rest to use; the transpose brings its gradients home."""
+    """One parameter, from rest to use; the transpose brings its gradient home."""
 
     @staticmethod
-    def forward(ctx: Any, link: Link, group: str, *params: Tensor) -> tuple[Tensor, ...]:
-        ctx.link, ctx.group = link, group
-        if link.there is None:
-            return tuple(p.view_as(p) for p in params)
-        return tuple(link.there.lift(group).values())
+    def forward(ctx: Any, link: Link, name: str, param: Tensor, whole: tuple[Tensor]) -> Tensor:
+        ctx.link, ctx.name = link, name
+        ctx.set_materialize_grads(False)
+        return param.view_as(param) if whole[0] is param else whole[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        link: Link = ctx.link
-        if link.there is not None:
-            link.there.used(ctx.group)
-        assert link.back is not None
-        link.back.arrive(ctx.group, grads)
-        return None, None, *[None] * len(grads)  # the link has them: the sums arrive after this call
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
+        ctx.link.arrive(ctx.name, grad)
+        return None, None, None, None  # the link has it: the sum arrives after this call

@@ -97,10 +97,11 @@ class Mesh:
 
     def counted(self, book: Book) -> Mesh:
         """The same mesh, writing into `book` what is sent."""
-        axes = {
-            names: Axis(a.name, a.size, a.index, Counted(a.wire, a.name, a.size, book))
-            for names, a in self.axes.items()
-        }
+        return self.rewired(lambda axis: Counted(axis.wire, axis.name, axis.size, book))
+
+    def rewired(self, wire: Callable[[Axis], Wire]) -> Mesh:
+        """The same mesh with other wires."""
+        axes = {names: Axis(a.name, a.size, a.index, wire(a)) for names, a in self.axes.items()}
         return Mesh(self.shape, self.rank, axes)
 
     def __str__(self) -> str:

@@ -31,6 +31,10 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+MOST = 25 << 20
+"""The bytes of a bucket under bucket_bytes="auto": a quarter of the largest group that is not always here, or these."""
+
+
 @dataclass(frozen=True)
 class Strategy:
     """How parameters travel; see the table above. Fields after `reducer` are a schedule: they change no result."""
@@ -42,16 +46,17 @@ class Strategy:
     regather: bool = False  # drop gathered parameters after use, gather them again for the backward pass
     accumulate: Literal["local", "reduced"] = "local"  # micro-batches add up whole and travel once, or travel each
     reducer: Literal["own", "torch"] = "own"
-    bucket_bytes: int | None = 25 << 20  # per reduction; None: one for each parameter
+    bucket_bytes: int | Literal["auto"] | None = "auto"  # at most, of a reduction; None: one for each parameter
     overlap: bool = True  # reduce while the backward pass runs
-    prefetch: int = 1  # gathers in flight ahead of their use, and reductions behind
+    prefetch: int = 1  # groups whose gathers are in flight ahead of their use, and whose reductions are behind
     reduce_dtype: Dtype | None = None  # of gradients on their way; None: that of the parameters at rest
     gather_dtype: Dtype | None = None  # of parameters on their way; None: the one they compute in
     sequence_parallel: bool = False  # between the tensor-parallel regions each rank keeps some positions only
 
     def __post_init__(self) -> None:
-        if self.bucket_bytes is not None and self.bucket_bytes < 1:
-            raise ValueError(f"bucket_bytes={self.bucket_bytes} must be at least 1; None sends each parameter alone")
+        size = self.bucket_bytes
+        if size not in (None, "auto") and (isinstance(size, str) or size < 1):
+            raise ValueError(f"bucket_bytes={size} must be 'auto' or at least 1; None sends each parameter alone")
         if self.prefetch < 0:
             raise ValueError(f"prefetch={self.prefetch} is negative; 0 gathers each group when it is used")
         for field in ("reduce_dtype", "gather_dtype"):

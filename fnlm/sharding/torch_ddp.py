@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fnlm.collectives import Dist, Wire
 from fnlm.sharding.layout import Layout
+from fnlm.sharding.strategy import MOST
 from fnlm.sharding.wires import Counted
 from fnlm.types import Params
 
@@ -44,7 +45,8 @@ class TorchReducer:
 
     def __init__(self, layout: Layout, params: Params) -> None:
         assert layout.copies is not None
-        cap = (layout.strategy.bucket_bytes or 1) / (1 << 20)
+        size = layout.strategy.bucket_bytes
+        cap = (MOST if size == "auto" else size or 1) / (1 << 20)
         self.layout, self.names, self.shapes = layout, list(params), _Shapes(params)
         self.ddp = DistributedDataParallel(
             self.shapes,

@@ -22,9 +22,9 @@ def parameter_calls(layout: Layout, micro_batches: int = 1, rest: int = 4, compu
     calls: Book = []
     for group, pack in layout.groups.items():
         if state is not None:
-            again = s.regather and group != layout.group_names[0]
             gather = Call("all_gather", state.name, state.size, pack.parts * pack.width * travel)
-            calls += [gather] * (2 * micro_batches if again else 1)
+            kept = not s.regather or group == layout.group_names[0]
+            calls += [gather] * (1 if kept else micro_batches * (2 if layout.regathers(group) else 1))
     for bucket in layout.buckets * (micro_batches if s.accumulate == "reduced" else 1):
         if state is not None:
             calls.append(Call("reduce_scatter", state.name, state.size, bucket.parts * bucket.width * summed))

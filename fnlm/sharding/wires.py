@@ -104,7 +104,7 @@ class Threads:
         return self._launch(op, x.detach().clone(), x, slice(None))
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
-        return self._launch("all_gather", x, out, slice(None))
+        return self._launch("all_gather", x.detach().clone(), out, slice(None))  # x may be a part of out
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
         n = out.numel()
@@ -130,7 +130,9 @@ class Nobody:
         return Held((x,))
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
-        out.view(self.size, -1).copy_(x.flatten())
+        for row in () if out.is_meta else out.view(self.size, -1):
+            if row.data_ptr() != x.data_ptr():  # x may be a part of out
+                row.copy_(x.flatten())
         return Held((out, x))
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:

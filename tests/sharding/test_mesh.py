@@ -134,7 +134,7 @@ def test_a_layout_can_be_read() -> None:
     text = str(layout_of(config(), "zero3", planned({"data": 2, "tensor": 2})))
     head, first, *rest = text.splitlines()
     assert head.split() == ["parameter", "shape", "spec", "here", "group", "bucket"]
-    assert first.split() == ["embed.tokens.weight", "11x8", "P(('tensor',", "'data'))", "3x8", "root", "0"]
+    assert first.split() == ["embed.tokens.weight", "11x8", "P(('tensor',", "'data'))", "3x8", "root", "15"]
     assert len(rest) == len(shapes(config())) - 1
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import fnlm
 from fnlm import collectives, optim, places, sharded_optim
@@ -76,7 +77,7 @@ def gather_not_waited_for(patch: Patch) -> None:
         def wait(self) -> None: ...
 
     def land(self: Gathering, group: str) -> Any:
-        self.flying[group] = Flight(*self.flying[group][:2], Never())
+        self.flying[group] = Flight(self.flying[group].out, Never())
         return true(self, group)
 
     patch.setattr(Gathering, "_land", land)
@@ -91,13 +92,72 @@ def shards_counted_as_copies(patch: Patch) -> None:
 
 
 def last_micro_batch_only(patch: Patch) -> None:
-    true = Reducing._fill
+    true, keep = Reducing._fill, Reducing._keep
 
-    def fill(self: Reducing, bucket: Any, found: Any) -> None:
-        self.filled.pop(bucket, None)
-        true(self, bucket, found)
+    def fill(self: Reducing, bucket: Any, slot: Any, grad: Any) -> None:
+        if bucket in self.buffers:
+            self.buffers[bucket].filled.discard(slot.name)
+        true(self, bucket, slot, grad)
+
+    def forget(self: Reducing, trip: Trip) -> None:
+        self.sums.pop(trip.bucket, None)
+        keep(self, trip)
 
     patch.setattr(Reducing, "_fill", fill)
+    patch.setattr(Reducing, "_keep", forget)
+
+
+def means_instead_of_sums(patch: Patch) -> None:
+    keep = Reducing._keep
+
+    def scaled(self: Reducing, trip: Trip) -> None:
+        trip.end()
+        trip.part /= self.layout.mesh.world
+        keep(self, trip)
+
+    patch.setattr(Reducing, "_keep", scaled)
+
+
+def shares_of_rows(patch: Patch) -> None:
+    """Each rank counts by its rows, not by the tokens it has."""
+    step = sys.modules["fnlm.step"]
+
+    def shares(pieces: Any, ranks: Any) -> Any:
+        n = [float(len(p.tokens)) for p in pieces]
+        return torch.tensor([x / (sum(n) * ranks.layout.mesh.world) for x in n], dtype=torch.float64)
+
+    patch.setattr(step, "_shares", shares)
+
+
+def bucket_not_sent(patch: Patch) -> None:
+    """One bucket stays at home: each rank keeps what it has of its part."""
+    send = Reducing._send
+
+    def most(self: Reducing, bucket: Any, flat: Any) -> None:
+        if bucket is not self.layout.buckets[0]:
+            return send(self, bucket, flat)
+        index = self.layout.state.index if self.layout.state else 0
+        part = flat.view(bucket.parts, -1)[index].clone()
+        self.trips.append(Trip(bucket, part, 0, None, []))
+
+    patch.setattr(Reducing, "_send", most)
+
+
+def parameter_in_two_groups(patch: Patch) -> None:
+    sharded = sys.modules["fnlm.sharded"]
+    true = sharded.groups
+
+    def twice(cfg: Any) -> Any:
+        found = true(cfg)
+        return {**found, "blocks.0": [*found["blocks.0"], "norm.weight"]}
+
+    patch.setattr(sharded, "groups", twice)
+
+
+def parameter_sent_with_two(patch: Patch) -> None:
+    """The same, and nobody looks."""
+    parameter_in_two_groups(patch)
+    patch.setattr(sys.modules["fnlm.sharding.layout"], "_check_groups", lambda shapes, groups: None)
 
 
 def rows_of_the_first(patch: Patch) -> None:
@@ -122,6 +182,14 @@ MUTATIONS = [
     (shards_counted_as_copies, "data=2", "zero1", 1),
     (last_micro_batch_only, "data=2", "zero1", 3),
     (last_micro_batch_only, "data=2", "ddp_flat", 3),
+    (last_micro_batch_only, "data=2", "zero3", 3),
+    (means_instead_of_sums, "data=2", "zero3", 1),
+    (means_instead_of_sums, "data=2", "ddp_bucketed", 1),
+    (shares_of_rows, "data=2", "zero2", 1),
+    (bucket_not_sent, "data=2", "zero3", 1),
+    (bucket_not_sent, "data=2", "ddp_bucketed", 1),
+    (parameter_in_two_groups, "data=2", "zero2", 1),
+    (parameter_sent_with_two, "data=2", "zero2", 1),
     (rows_of_the_first, "data=2", "zero3", 1),
 ]
 
