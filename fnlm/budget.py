@@ -15,6 +15,7 @@ from fnlm.data import Sizes
 from fnlm.losses import chunk_rows
 from fnlm.params import count, flops_per_token, is_hidden_matrix, is_norm, shapes
 from fnlm.presets import optimizer_of, trained_model
+from fnlm.trainable import subset_of
 
 BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -100,24 +101,27 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, seq_len: int | None = 
 
     Parameters are float32; so are the moments, exactly as the optimizer makes them. The copy is the parameters in the
     precision computed in. Gradients have that precision, with several micro-batches float32 sums beside it, with fp16
-    the unscaled ones. Activations are `activation_bytes` of one micro-batch. Not in it: torch itself (0.2 GB on a CPU,
-    more with a GPU's libraries), the temporaries of operations and of the optimizer, the allocator's slack, tokens, and
-    a second copy of the parameters that the caller may hold. Peaks measured on a CPU lay 0.06 to 0.13 GB above.
+    the unscaled ones. What is frozen, or has adapters, has neither moments nor gradients. Activations are
+    `activation_bytes` of one micro-batch. Not in it: torch itself (0.2 GB on a CPU, more with a GPU's libraries), the
+    temporaries of operations and of the optimizer, the allocator's slack, tokens, and a second copy of the parameters
+    that the caller may hold. Peaks measured on a CPU lay 0.06 to 0.13 GB above.
     """
-    n, size = count(cfg), BYTES[train.precision]
-    wide = 4 * n if train.micro_batches > 1 or train.precision == "fp16" else 0
+    n, size, subset = count(cfg), BYTES[train.precision], subset_of(cfg, train)
+    trained = sum(math.prod(subset.sizes[name]) for name in subset.names)
+    wide = 4 * trained if train.micro_batches > 1 or train.precision == "fp16" else 0
     return TrainingMemory(
-        parameters=4 * n,
+        parameters=4 * (n + (trained if train.lora else 0)),
         optimizer_state=optimizer_bytes(cfg, train),
         low_precision_copy=0 if train.precision == "fp32" else size * n,
-        gradients=size * n + wide,
+        gradients=size * trained + wide,
         activations=activation_bytes(trained_model(cfg, train), train.batch_size, seq_len, train.precision),
     )
 
 
 def optimizer_bytes(cfg: ModelConfig, train: TrainConfig) -> int:
     """The optimizer's state, counted on the state itself, made without memory on the meta device."""
-    params = {name: torch.empty(shape, device="meta") for name, shape in shapes(cfg).items()}
+    sizes, own = subset_of(cfg, train).sizes, subset_of(cfg, train).names
+    params = {name: torch.empty(shape, device="meta") for name, shape in sizes.items() if name in own}
     state = tree.flatten(optimizer_of(train, cfg).init(params))
     return sum(leaf.numel() * leaf.element_size() for leaf in state.values())
 

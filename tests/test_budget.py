@@ -124,3 +124,23 @@ def test_activations_grow_with_the_batch() -> None:
     one, two, three = (budget.activation_bytes(cfg, b, 256) for b in (8, 12, 16))
     assert two - one == three - two > 0
     assert math.prod(shapes(cfg)["embed.tokens.weight"]) * 2 < one
+
+
+def test_what_rests_has_neither_moments_nor_gradients() -> None:
+    """Adapters of rank 4: their own moments; frozen layers: those of the rest."""
+    cfg = PRESETS["shakespeare-char-cpu"]
+    whole, adapters, rest = (
+        budget.training_memory(cfg, TrainConfig(steps=1, batch_size=2, **more))
+        for more in ({}, {"lora": 4}, {"freeze": "blocks"})
+    )
+    own = sum(4 * (out + into) for k, (out, into) in two_dimensional(cfg).items() if k.startswith("blocks"))
+    assert adapters.parameters == whole.parameters + 4 * own
+    assert adapters.gradients == 2 * own
+    assert 8 * own <= adapters.optimizer_state < 8 * own + 100
+    blocks = sum(math.prod(s) for k, s in shapes(cfg).items() if k.startswith("blocks"))
+    assert whole.optimizer_state - rest.optimizer_state == 8 * blocks
+    assert whole.gradients - rest.gradients == 2 * blocks
+
+
+def two_dimensional(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {k: s for k, s in shapes(cfg).items() if len(s) == 2}
