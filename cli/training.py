@@ -25,6 +25,7 @@ from fnlm.loop import Job, RunConfig, Settings, memory
 from fnlm.loop.folder import held
 from fnlm.params import init_params, shapes
 from fnlm.presets import optimizer_of, windowed
+from fnlm.sharding import processes
 from fnlm.track import require_trackers
 from fnlm.trainable import subset_of
 from fnlm.trained import Trained
@@ -61,9 +62,10 @@ def fresh(base: Settings, wish: Wish, dataset: Dataset, say: Callable[[str], Non
     model = with_vocabulary(model, dataset, not adapt or gather.given(pairs, "vocab_size"), say)
     check(model, train)
     if auto:
-        train = fitted(windowed(model, train), train, run, compute, say)
-    elif device_of(run).type == "cpu" and wish.world == 1:
-        memory.check(windowed(model, train), train, memory_available())
+        whole = override(train, batch_size=train.batch_size * train.micro_batches, micro_batches=1)
+        train = fitted(windowed(model, train), train, run, compute, say, crew_of(model, whole, run, wish))
+    elif device_of(run).type == "cpu":
+        memory.check(windowed(model, train), train, memory_available(), crew_of(model, train, run, wish))
     return model, train, run, compute
 
 
@@ -87,13 +89,34 @@ def with_vocabulary(cfg: ModelConfig, dataset: Dataset, chosen: bool, say: Calla
     return replace(cfg, vocab_size=size)
 
 
+def crew_of(cfg: ModelConfig, train: TrainConfig, run: RunConfig, wish: Wish) -> memory.Crew | None:
+    """The ranks of a run, as far as memory goes; None for one process. ValueError for a mesh that does not fit."""
+    if wish.world == 1:
+        return None
+    shape = loop.mesh_of(cfg, train, run, wish.world, threads=wish.simulate is not None)
+    here = processes.place()
+    if here is None:
+        return memory.Crew(run.strategy, shape, wish.world, processes=False)
+    sharing = here.local_world
+    if device_of(run).type == "cuda":
+        sharing = -(-sharing // torch.cuda.device_count())
+    return memory.Crew(run.strategy, shape, sharing)
+
+
 def fitted(
-    cfg: ModelConfig, train: TrainConfig, run: RunConfig, compute: Any, say: Callable[[str], None]
+    cfg: ModelConfig,
+    train: TrainConfig,
+    run: RunConfig,
+    compute: Any,
+    say: Callable[[str], None],
+    crew: memory.Crew | None = None,
 ) -> TrainConfig:
-    """`batch=auto`: the largest micro-batch that fits, the global batch kept; tried on a GPU, estimated on a CPU."""
+    """`batch=auto`: the largest micro-batch that fits, the global batch kept; estimated on a CPU and for several ranks,
+    else tried.
+    """
     device = device_of(run)
-    if device.type == "cpu":
-        found = memory.largest(cfg, train, memory_available())
+    if device.type == "cpu" or crew is not None:
+        found = memory.largest(cfg, train, memory_available(device), crew)
     else:
         found = memory.tried(train, lambda choice: memory.one_step(cfg, choice, compute, device))
     say(f"batch=auto: batch_size={found.batch_size} micro_batches={found.micro_batches}")
@@ -158,6 +181,8 @@ def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Tra
         if folder.exists() and folder.resolve() in (model.path.resolve(), *model.path.resolve().parents):
             raise ValueError(f"{folder} holds the model to start from; choose another --out")
     settings = fresh(base, wish, dataset, say, adapt=model is None)
+    if settings[1].documents == "apart":
+        data.boundary(dataset)  # or says, before anything is written, why they cannot be told apart
     params = initial(model, settings, wish.partial) if model else None
     loop.mesh_of(*settings[:3], wish.world, threads=wish.simulate is not None)
     came = interop.carried(model.config, dataset.manifest["kind"]) if model else {}

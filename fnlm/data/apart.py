@@ -17,6 +17,9 @@ Say = Callable[[str], None]
 def surveyed(given: Input, fraction: float, say: Say) -> Survey:
     """A first reading of everything, and what is to be said of it."""
     share = fraction if given.kind == "text" and not given.val_files else 1.0
+    if given.kind == "chat" and next(chat.answered(given.files), None) is None:
+        names = ", ".join(file.as_posix() for file in given.files[:3])
+        raise DataError(f"{names}: no conversation has an assistant's message, so that there is nothing to learn")
     found = survey(_texts(given.kind, given.files), share)
     name = "conversation" if given.kind == "chat" else "document"
     cut = given.kind == "text" and not given.val_files

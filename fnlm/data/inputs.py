@@ -42,6 +42,12 @@ def described(paths: Sequence[str]) -> list[dict[str, Any]]:
     return [one for i, one in enumerate(found) if one not in found[:i]]
 
 
+def check(paths: Sequence[str]) -> None:
+    """Raises DataError where local files disagree about what they hold, or cannot be read at all."""
+    if local := [path for path in paths if corpora.reference(path) is None]:
+        kind_of(find(local))
+
+
 def _file(file: Path) -> dict[str, Any]:
     status = file.stat()
     return {"path": file.as_posix(), "bytes": status.st_size, "modified": status.st_mtime_ns}

@@ -19,6 +19,7 @@ from fnlm.data.encode import Block, chat_blocks, text_blocks, token_blocks
 from fnlm.data.encoded import Encoded
 from fnlm.data.gather import Wanted
 from fnlm.data.inputs import Input, described, inputs, validation
+from fnlm.data.inputs import check as check_files
 from fnlm.data.manifest import FORMAT, SPLITS
 from fnlm.data.sink import Sink
 from fnlm.data.sources import Piece, Written
@@ -82,6 +83,7 @@ def prepare(
     check(todo.tokenizer)
     cleaning.check(todo.wanted.clean)
     sources = todo.written.sources if todo.written else described(todo.paths + todo.val)
+    check_files(todo.paths + todo.val)
     about = {"settings": _settings(todo), "source": sources}
     with staging.held(todo.out):
         if not force and (manifest := staging.done(todo.out, about)):

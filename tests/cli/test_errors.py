@@ -99,6 +99,20 @@ MISTAKES = [
     ("prepare tale.txt --out data/new --tokenizer bpe:9", USAGE, r"vocab_size=9 has no room for 256 bytes .*"),
     ("prepare tale.txt --out data/new --tokenizer gtp2", USAGE, r"there is no tokenizer 'gtp2'; did you mean 'gpt2'\?"),
     ("prepare tale.txt --tokenizer byte", USAGE, r"data/tale already holds other data; choose another --out, .*"),
+    ("prepare --verify tale.txt", BAD, r"tale\.txt is a file, not a prepared folder; 'fnlm prepare .*"),
+    ("prepare silent.jsonl --tokenizer byte", BAD, r"silent\.jsonl: no conversation has an assistant's message, .*"),
+    ("prepare tale.txt --out data/new --clean exat", USAGE, r"there is no cleaning step 'exat'; did you mean .*"),
+    ("prepare tale.txt --out data/new --clean language", USAGE, r"which language\? write language=en; known: .*"),
+    ("prepare tale.txt --out data/new --clean gopher", BAD, r"tale\.txt: cleaning left none of 1 documents .*"),
+    ("prepare tale.txt --out data/new --domains nws", USAGE, r"'nws' is no host; did you mean 'news'\?"),
+    ("prepare tale.txt --out data/new --domains news", BAD, r"--domains needs rows with a 'url', as c4's have"),
+    ("prepare tale.txt --out data/new --template runs/tiny", USAGE, r"runs/tiny has no chat template; give a run, .*"),
+    ("prepare hub:", USAGE, r"hub: is no dataset; write hub:org/name, .*"),
+    ("prepare mix data/tale=1", USAGE, r"a mixture has at least two different folders; .*"),
+    ("prepare mix data/tale data/bytes=1", USAGE, r"data/tale has no weight; write data/a=0\.7 data/b=0\.3"),
+    ("prepare mix data/tale=1 data/bytes=1", BAD, r"data/bytes was made with another tokenizer than data/tale; .*"),
+    ("train demo data/tale documents=apart", BAD, r"data/tale: nothing stands between documents, .*=together, .*"),
+    ("train demo data/tale documents=apart document_end=1 document_start=2", USAGE, r"document_end and .* one of them"),
     ("prepare --verify data/torn", BAD, r"data/torn/train\.bin.*"),
     ("train demo data/none", BAD, r"data/none does not exist; make it with 'fnlm prepare PATH --out data/none'"),
     ("train demo data/torn", BAD, r"data/torn/train\.bin.*"),
@@ -176,6 +190,7 @@ def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "broken.toml").write_text("lr = = 3\n")
     (here / "odd.yaml").write_text("train:\n  lrr: 3\n")
     (here / "broken.jsonl").write_text('{"text": "good"}\n{"text": "bad\n')
+    (here / "silent.jsonl").write_text('{"messages": [{"role": "user", "content": "anybody?"}]}\n' * 2)
     (here / "torn.parquet").write_bytes(b"PAR1 and no more")
     (here / "runs" / "empty").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
