@@ -52,15 +52,14 @@ def keep(checkpoint: Path, row: dict[str, Any]) -> None:
 
 def interrupted(rows: Sequence[dict[str, Any]], models: int) -> str:
     """What was measured before the end."""
-    whole = sum(bool(row.get("complete", True)) for row in rows)
-    parts = [f"{row['model']}: {_some(row)}" for row in rows if not row.get("complete", True)]
+    parts = [f"of {row['model']} {_some(row)}" for row in rows if not row.get("complete", True)]
     named = len({row["model"] for row in rows})
-    said = f"interrupted: {whole} {'figure' if whole == 1 else 'figures'} whole, of {named} of {models} models"
-    return "; ".join([said, *parts])
+    where = f"interrupted {'in' if parts else 'after'} {named} of {models} {'model' if models == 1 else 'models'}"
+    return ": ".join([where, "; ".join(parts)]) if parts else where
 
 
 def _some(row: dict[str, Any]) -> str:
     if "tasks" in row:
         done = ", ".join(f"{task} on {found.get('examples', 0)} examples" for task, found in row["tasks"].items())
-        return f"tasks so far: {done or 'none'}"
-    return f"the first {row['tokens']:,} tokens of {row['data']}"
+        return f"these tasks: {done or 'none'}"
+    return f"{row['tokens']:,} tokens of {row['data']}"

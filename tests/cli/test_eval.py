@@ -133,7 +133,7 @@ def test_interrupted_it_says_what_was_measured(here: Path, monkeypatch: pytest.M
     result = fnlm("eval", "runs/one", "runs/one", "--json")
     (row,) = json.loads(result.stdout)["models"]
     assert (result.exit_code, row["tokens"], row["complete"]) == (130, 3 * 32, False)
-    said = "interrupted: 0 figures whole, of 1 of 2 models; runs/one: the first 96 tokens of data/tale"
+    said = "interrupted in 1 of 2 models: of runs/one 96 tokens of data/tale"
     assert result.stderr.splitlines()[-1] == said
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
