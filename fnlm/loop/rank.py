@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,17 +19,20 @@ from torch import Tensor
 from fnlm import checkpoint
 from fnlm.checkpoint import CheckpointError, PartSaver
 from fnlm.collectives import Axes
+from fnlm.config import override
 from fnlm.elastic import Elastic
 from fnlm.evaluate import BATCH_TOKENS, GPU_BATCH_TOKENS, Evaluation
 from fnlm.loop import health
 from fnlm.loop.folder import CHECKPOINTS
 from fnlm.loop.job import Begin, Job, keys_of
+from fnlm.loop.memory import Crew
 from fnlm.loop.signals import Stop
 from fnlm.loop.team import Alone, Step
 from fnlm.losses import make_lm_loss
 from fnlm.presets import trained_model
 from fnlm.sharded import layout_of, make_sharded_loss, make_sharded_step, sharded_state
 from fnlm.sharding import Abandoned, Mesh, global_norm, largest, total
+from fnlm.sharding.processes import place
 from fnlm.sharding.strategy import row_axes
 from fnlm.step import Judge, Loss, Plan
 from fnlm.types import Batch, Params, TrainState
@@ -54,8 +57,11 @@ class Together(Alone):
     """One rank of several. ValueError, before anything is allocated, for a mesh that does not fit the run."""
 
     def __init__(self, job: Job, mesh: Mesh) -> None:
-        super().__init__(job)
+        super().__init__(agreed(job, mesh))
+        job = self.job
         self.lead, self.world, self.mesh, self.rank = mesh.rank == 0, mesh.world, mesh, mesh.rank
+        here = place()
+        self.crew = Crew(job.run.strategy, mesh.shape, here.local_world if here else mesh.world, here is not None)
         self.layout = layout_of(job.cfg, job.run.strategy, mesh)
         self.elastic = Elastic(self.layout, self.optimizer, self.plan, keys_of(job.train)[2])
         self.all = mesh.axis(*mesh.shape)
@@ -180,6 +186,22 @@ class Together(Alone):
 
     def stopping(self, stop: Stop) -> Stop:
         return CommonStop(stop, self)
+
+
+def agreed(job: Job, mesh: Mesh) -> Job:
+    """The job with the smallest micro-batch that a rank has: batch=auto may differ from machine to machine.
+
+    ValueError on all where ranks want different global batches.
+    """
+    own = job.train.batch_size, job.train.batch_size * job.train.micro_batches
+    numbers = torch.tensor([-own[0], own[1], -own[1]], dtype=torch.float64, device=job.device)
+    size, most, least = (int(x) for x in largest(numbers, mesh.axis(*mesh.shape)).tolist())
+    if most != -least:
+        raise ValueError(f"ranks were given batches of {-least} to {most} rows; give all the same settings")
+    if own[0] == -size:
+        return job
+    train = override(job.train, batch_size=-size, micro_batches=own[1] // -size)
+    return replace(job, train=train, config=job.config | {"train": asdict(train)})
 
 
 def _padded(x: Tensor, ranks: int) -> Tensor:

@@ -28,6 +28,7 @@ def fit(job: Job, trackers: Tracker, progress: Progress, mesh: Mesh | None = Non
     job = parted(job)
     team = Alone(job) if mesh is None or mesh.world == 1 else Together(job, mesh)
     begin, metrics = team.begin(), job.folder / files.METRICS
+    job = team.job
     log = Many([trackers])
     if team.lead:
         files.write(job.folder, job.config, environment(sys.argv))
@@ -44,7 +45,7 @@ def fit(job: Job, trackers: Tracker, progress: Progress, mesh: Mesh | None = Non
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-            raise memory.DoesNotFit(memory.advice(job.cfg, job.train, memory_available())) from error
+            raise memory.DoesNotFit(memory.advice(job.cfg, job.train, memory_available(), team.crew)) from error
         finally:
             log.close()
 

@@ -15,6 +15,7 @@ from fnlm.evaluate import Evaluation, evaluate
 from fnlm.loop import health
 from fnlm.loop.folder import CHECKPOINTS
 from fnlm.loop.job import Begin, Job, keys_of
+from fnlm.loop.memory import Crew
 from fnlm.loop.signals import Stop
 from fnlm.losses import make_lm_loss
 from fnlm.params import init_params
@@ -30,6 +31,7 @@ class Alone:
     """One process; also the interface of `fnlm.loop.rank.Together`."""
 
     lead, world = True, 1
+    crew: Crew | None = None  # for what memory is asked for
 
     def __init__(self, job: Job) -> None:
         self.job, self.plan, self.optimizer = job, Plan(job.train.precision), optimizer_of(job.train, job.cfg)

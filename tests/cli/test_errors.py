@@ -90,6 +90,10 @@ MISTAKES = [
     ("tune runs/tiny data/tale --out data", USAGE, r"data holds what no search has written; .*"),
     ("tune runs/tiny data/bytes", BAD, OTHER + r".*"),
     ("export runs/tiny --to peft", BAD, r"runs/tiny.* has no adapters: it was not trained with lora=RANK"),
+    ("train demo data/tale batch_size=2 --simulate 3 --strategy zero3", USAGE,
+     r"2 rows are too few for 3 ranks along data; give a micro-batch at least 3 rows, or choose at most 2 ranks"),
+    ("train demo data/tale batch_size=4000000 --simulate 2 --strategy zero3", UNFIT,
+     r".*for 2 ranks of zero3 on data=2, .*"),
     # data
     ("prepare none.txt", FAILURE, r"none\.txt: no such file, folder or pattern"),
     ("prepare empty.txt", BAD, r"empty\.txt is empty"),

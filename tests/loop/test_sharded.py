@@ -16,9 +16,11 @@ import torch
 from fnlm import checkpoint, loop
 from fnlm.checkpoint import CheckpointError, SaveFailed, part_saver
 from fnlm.data import Dataset
-from fnlm.loop import Job, Outcome, session
+from fnlm.forecast import forecast
+from fnlm.loop import Job, Outcome, memory, session
+from fnlm.loop.rank import agreed
 from fnlm.params import shapes
-from fnlm.sharding import parse_mesh
+from fnlm.sharding import parse_mesh, simulate
 from fnlm.track import Many, Progress
 from tests import tiny_runs as tiny
 
@@ -283,6 +285,36 @@ def test_a_rank_that_fails_ends_the_others(dataset: Dataset, tmp_path: Path, mon
 def test_what_does_not_fit_is_said_first(dataset: Dataset, world: int, given: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         loop.mesh_of(tiny.model(dataset), training(), loop.RunConfig(**given), world, threads=True)
+
+
+def test_memory_of_several_ranks(dataset: Dataset) -> None:
+    """Estimated by the forecast for all that share a memory; each choice has rows for all and keeps the global batch."""
+    cfg, train = tiny.model(dataset), training(batch_size=12, micro_batches=2)
+    crew = memory.Crew("zero3", {"data": 3}, here=3)
+    peak = forecast(cfg, replace(train, batch_size=4), "zero3", {"data": 3}).peak
+    assert memory.needed(cfg, train, crew) == 3 * (peak + memory.BESIDE)
+    assert memory.needed(cfg, train, crew._replace(processes=False)) == 3 * peak + memory.BESIDE
+    sizes = [(c.batch_size, c.micro_batches) for c in memory.alternatives(train, crew)]
+    assert sizes == [(24, 1), (12, 2), (8, 3), (6, 4), (3, 8)]  # with 4 rows the third rank has none
+    for choice in memory.alternatives(train, crew):
+        limit = memory.needed(cfg, choice, crew)
+        assert memory.largest(cfg, train, int(limit / memory.SHARE) + 1, crew).batch_size == choice.batch_size
+    with pytest.raises(memory.DoesNotFit, match=r"for 3 ranks of zero3 on data=3, .* even batch_size=3 takes"):
+        memory.largest(cfg, train, 1000, crew)
+
+
+def test_ranks_that_chose_different_micro_batches_take_the_smallest(dataset: Dataset, tmp_path: Path) -> None:
+    """batch=auto looks at each machine's memory."""
+    job = tiny.job(dataset, tmp_path, training(batch_size=8))
+
+    def body(mesh: Any) -> tuple[int, int, int]:
+        size = (8, 4, 2)[mesh.rank]
+        own = agreed(replace(job, train=replace(job.train, batch_size=size, micro_batches=8 // size)), mesh)
+        return own.train.batch_size, own.train.micro_batches, own.config["train"]["batch_size"]
+
+    assert simulate(3, body) == [(2, 4, 2)] * 2 + [(2, 4, 8)]  # the config of one whose choice it is stays
+    with pytest.raises(ValueError, match="ranks were given batches of 8 to 9 rows"):
+        simulate(2, lambda mesh: agreed(replace(job, train=replace(job.train, batch_size=8 + mesh.rank)), mesh))
 
 
 def test_settings_are_checked() -> None:
