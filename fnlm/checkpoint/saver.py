@@ -62,7 +62,7 @@ class Saver:
         """
         self.wait()
         if self._thread is not None:
-            state = self._copied(state, what)
+            state = self._copied(state, what, frozen)
         packed = pack(state, config, tokenizer, extra, what, frozen)
         self._do(lambda: self._write(packed))
         return self.folder / layout.name_of(packed.step, what)
@@ -97,10 +97,13 @@ class Saver:
         commit(self.folder, packed, self.link)
         prune(self.folder, self.keep, self.keep_every)
 
-    def _copied(self, state: TrainState, what: What) -> TrainState:
-        """The state in the host's memory."""
+    def _copied(self, state: TrainState, what: What, frozen: NameMask | None) -> TrainState:
+        """The state in the host's memory; what is frozen there needs no copy."""
         like = state if what == "all" else state._replace(opt_state=None)
-        copied: TrainState = tree.unflatten(self._host.copied(tree.flatten(like)), like)
+        flat = tree.flatten(like)
+        names = {f"params/{k}" for k, p in state.params.items() if frozen and frozen(k) and p.device.type == "cpu"}
+        host = self._host.copied({path: x for path, x in flat.items() if path not in names})
+        copied: TrainState = tree.unflatten({path: host.get(path, x) for path, x in flat.items()}, like)
         return copied
 
 
