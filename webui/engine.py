@@ -22,7 +22,7 @@ from webui.guesses import Drafting
 from webui.jobs import Busy, Event, Failure, Job, Refused, Reply, Start, Stopped, Ticket, read
 from webui.metrics import Metrics
 from webui.models import Loaded, Models, Reader
-from webui.stage import MakeBatch, Stage
+from webui.stage import BROKE_OFF, MakeBatch, Stage
 
 __all__ = ["Busy", "Engine", "Event", "Failure", "Job", "Refused", "Start", "Stopped", "Ticket"]
 
@@ -117,7 +117,12 @@ class Engine:
 
     def _run(self) -> None:
         while self._wait():
-            self._admit()
+            try:
+                self._admit()
+            except Exception:  # a reply that cannot even begin must not take the engine with it
+                log.exception("%d replies that waited could not begin", len(self._waiting))
+                for reply in list(self._waiting):
+                    self._drop(reply, BROKE_OFF)
             for stage in list(self._stages):
                 if stage.busy:
                     self._tune(stage.small)
@@ -179,7 +184,7 @@ class Engine:
             model = self.models.ready(name)
         except KeyError:
             return self._drop(reply, _no_model(name))
-        except OSError:
+        except (CheckpointError, OSError):
             log.exception("%s cannot be loaded", name)
             return self._drop(reply, _unreadable(name))
         if model is None:

@@ -410,9 +410,24 @@ def test_a_model_that_cannot_be_loaded_is_one_answer(tmp_path: Path, caplog: pyt
     engine.stop()
 
 
+def test_a_reply_that_cannot_begin_does_not_take_the_engine_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "a", "text")
+    engine = Engine(Models([tmp_path]), streams=2).start()
+    ready = engine.models.ready
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.models, "ready", lambda name: 1 / 0)
+        assert rest(engine.submit([Job("a")]))[-1].value.message == "the reply broke off; the server's log says why"
+    assert "ZeroDivisionError" in caplog.text
+    assert engine.models.ready == ready
+    assert rest(engine.submit([Job("a", settings={"max_tokens": 3})]))[-1].kind == "end"
+    engine.stop()
+
+
 def test_matrices_in_int8(tmp_path: Path) -> None:
     save(tmp_path / "a", "text", d_model=64)
-    wide, narrow = Models([tmp_path]), Models([tmp_path], quantize=True)
+    wide, narrow = Models([tmp_path]), Models([tmp_path], quantize=8)
     assert narrow.get("a").size < 0.4 * wide.get("a").size
     engine = Engine(narrow, streams=2).start()
     end = rest(engine.submit([Job("a", prompt="abc", settings={"max_tokens": 20, "min_tokens": 20})]))[-1]

@@ -19,8 +19,8 @@ from webui.batch import Slot
 def save(run: Path, kind: str, step: int = 7, seed: int = 0, seq_len: int = 64, **model: Any) -> Path:
     """A run with one checkpoint of random weights, which write varied text."""
     tokenizer = tokenizers.named("byte")
-    shape = {"n_layers": 1, "n_heads": 2, "d_model": 16, "seq_len": seq_len, **model}
-    cfg = fnlm.ModelConfig(vocab_size=tokenizer.vocab_size, **shape)
+    shape = {"n_layers": 1, "n_heads": 2, "d_model": 16, "seq_len": seq_len, "vocab_size": tokenizer.vocab_size}
+    cfg = fnlm.ModelConfig(**{**shape, **model})
     params = fnlm.init_params(cfg, fnlm.key(seed))
     state = TrainState(torch.tensor(step), params, (), fnlm.key(seed))
     run.mkdir(parents=True, exist_ok=True)
