@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from cli import speculation
+from cli import bits, speculation
 from cli.main import INTERRUPTED
 from fnlm import trained
 from fnlm.checkpoint import CheckpointError
@@ -33,7 +33,7 @@ HELP = """\
 /help, /exit    Ctrl-C stops an answer, a second one leaves; // begins a line with a slash"""
 
 
-@click.command()
+@click.command(cls=bits.Command)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--temperature", default=0.8, show_default=True, metavar="X", help="0: the likeliest token.")
 @click.option("--top-k", type=click.IntRange(0), metavar="N", help="Draw from the N likeliest tokens.")
@@ -45,7 +45,7 @@ HELP = """\
 @click.option("--system", metavar="TEXT", help="Instructions that precede the conversation.")
 @click.option("--seed", type=int, metavar="N", help="The same answers again. [default: others each time]")
 @click.option("--precision", default="auto", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the parameters.")
-@click.option("--quantize", is_flag=True, help="Matrices in int8: half of bf16, for large models on a CPU.")
+@bits.option("Matrices in int8 (or int4): a half (a quarter) of bf16, for speed and large models on a CPU.")
 def command(
     model: Path,
     temperature: float,
@@ -58,7 +58,7 @@ def command(
     system: str | None,
     seed: int | None,
     precision: Precision,
-    quantize: bool,
+    quantize: bits.Quantized | None,
 ) -> None:
     """Talk with a trained model in the terminal.
 
@@ -81,11 +81,11 @@ def command(
     click.get_current_context().exit(code)
 
 
-def only(path: Path, precision: Precision, quantize: bool) -> tuple[About, Models]:
+def only(path: Path, precision: Precision, quantize: bits.Quantized | None) -> tuple[About, Models]:
     """The one model at a path. Raises CheckpointError where there is none, or several: they are named."""
     if not path.exists():
         trained.locate(path)
-    models = Models([path], precision=precision, quantize=quantize)
+    models = Models([path], precision=precision, quantize=quantize and bits.BITS[quantize])
     about = list(models.about().values())
     if not about:
         raise CheckpointError(f"{path} holds no model; train one with 'fnlm train' first")

@@ -11,18 +11,19 @@ from typing import Any, Literal
 import click
 import torch
 
+from cli import bits
 from cli.measuring import Row, Wanted, needs_lm_eval, rows_of, tables
 from cli.results import interrupted, keep, write
 from fnlm import trained
 from fnlm.checkpoint.layout import committed
 from fnlm.data import DataError
 from fnlm.loop.signals import Stop
-from fnlm.quantize import dequantize
+from fnlm.quantize import Bits, dequantize
 from fnlm.quantize import quantize as small
 from fnlm.trained import Trained
 
 
-@click.command()
+@click.command(cls=bits.Command)
 @click.argument("models", nargs=-1, metavar="MODEL...")
 @click.option(
     "--data",
@@ -47,7 +48,7 @@ from fnlm.trained import Trained
 @click.option(
     "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the products."
 )
-@click.option("--quantize", is_flag=True, help="With matrices rounded to int8, as 'fnlm serve --quantize' has them.")
+@bits.option("With matrices rounded to int8 (or int4), as 'fnlm serve --quantize' has them.")
 @click.option("--device", metavar="D", help="cpu, cuda or cuda:N. [default: cuda where there is a GPU]")
 @click.option("--questions", type=click.IntRange(1), metavar="N", help="Ask N questions of the demo world instead.")
 @click.option("--lambada", metavar="FILE", help="Texts in LAMBADA's format: how often the last word is right.")
@@ -62,7 +63,7 @@ def command(
     checkpoint: str,
     all_checkpoints: bool,
     no_ema: bool,
-    quantize: bool,
+    quantize: bits.Quantized | None,
     device: str | None,
     out: Path | None,
     as_json: bool,
@@ -84,7 +85,7 @@ def command(
             to = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = trained.load(at, which, average=not no_ema, device=to)
             if quantize:
-                model = rounded(model)
+                model = rounded(model, bits.BITS[quantize])
             for row in (r for r in rows_of(name, model, wanted, stop) if r.get("tokens", 1)):
                 rows.append({"model": name, "checkpoint": str(model.path), "step": model.step, **row})
                 keep(model.path, rows[-1])
@@ -126,9 +127,9 @@ def chosen(models: tuple[str, ...], checkpoint: str, every: bool) -> Iterator[tu
         yield from ((path, found[step]) for step in sorted(found))
 
 
-def rounded(model: Trained) -> Trained:
-    """A model with the matrices that int8 leaves of it."""
-    return model._replace(params=dequantize(small(model.params)), cfg=replace(model.cfg, tied=False))
+def rounded(model: Trained, to: Bits) -> Trained:
+    """A model with the matrices that so many bits leave of it."""
+    return model._replace(params=dequantize(small(model.params, to)), cfg=replace(model.cfg, tied=False))
 
 
 def checkpoint_of(path: str, checkpoint: str) -> Path:

@@ -22,7 +22,7 @@ from urllib.parse import quote
 import click
 import waitress
 
-from cli import speculation
+from cli import bits, speculation
 from cli.sample import device_of
 from cli.tables import columns, in_si
 from fnlm import trained
@@ -38,7 +38,7 @@ FLUSH = 2.0  # seconds for clients to take the end of their replies
 SPARE_THREADS = 8  # for the page and the lists while every stream is taken
 
 
-@click.command()
+@click.command(cls=bits.Command)
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN|FOLDER]...")
 @click.option("--follow", metavar="RUN", type=click.Path(path_type=Path), help="Open the page of this run first.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
@@ -47,7 +47,7 @@ SPARE_THREADS = 8  # for the page and the lists while every stream is taken
 @click.option("--open/--no-open", "open_", default=None, help="Open the page in a browser. [default: on a desktop]")
 @click.option("--max-streams", default=32, show_default=True, type=click.IntRange(1, 512), help="Replies at once.")
 @click.option("--precision", default="auto", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the parameters.")
-@click.option("--quantize", is_flag=True, help="Matrices in int8: half of bf16, for large models on a CPU.")
+@bits.option("Matrices in int8 (or int4): a half (a quarter) of bf16, for speed and large models on a CPU.")
 @speculation.option
 @click.option("--device", metavar="D", help="cpu, cuda or cuda:1. [default: a GPU if there is one]")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB", help="Of loaded models' parameters.")
@@ -63,7 +63,7 @@ def command(
     open_: bool | None,
     max_streams: int,
     precision: Precision,
-    quantize: bool,
+    quantize: bits.Quantized | None,
     speculate: str | None,
     device: str | None,
     memory: float | None,
@@ -80,7 +80,7 @@ def command(
     if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise ValueError("--api-key must be letters, digits and signs of ASCII without spaces: it travels in a header")
     bytes_ = None if memory is None else int(memory * 1e9)
-    models = Models(named(folders, follow), bytes_, device_of(device), precision, quantize)
+    models = Models(named(folders, follow), bytes_, device_of(device), precision, quantize and bits.BITS[quantize])
     about = list(models.about().values())
     if not about and follow is None:
         raise CheckpointError(f"{' '.join(map(str, models.folders))} holds no model; train one with 'fnlm train' first")

@@ -22,11 +22,16 @@ def linear(p: Params, name: str, x: Tensor, bias: bool = True) -> Tensor:
     scale = p[f"{name}.scale"]
     rows = x.flatten(0, -2)
     y: Tensor
-    if len(rows) <= FEW and x.dtype == torch.bfloat16 and x.device.type == "cpu":  # other types: a hundred times slower
+    if len(rows) <= FEW and _has_kernel(x, w):
         y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), w, scale.to(x.dtype)).unflatten(0, x.shape[:-1])
     else:
         y = F.linear(x, w.to(x.dtype)) * scale.to(x.dtype)
     return y if b is None else y + b
+
+
+def _has_kernel(x: Tensor, w: Tensor) -> bool:
+    """Whether torch's product with int8 is of use: other types are a hundred times slower, other widths may crash."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and w.shape[1] % 32 == 0
 
 
 def unpacked(w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from tests.reference import BASE, CASES, random_params, random_tokens
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_decode_is_forward_with_what_the_steps_stand_for(name: str, bits: Any) -> None:
-    cfg = fnlm.ModelConfig(**{**BASE, **CASES[name], **({"d_model": 32} if bits == 4 else {})})
+    cfg = fnlm.ModelConfig(**{**BASE, **CASES[name], **({"d_model": 96} if bits == 4 else {})})
     small = quantize(random_params(shapes(cfg), dtype=torch.float32), bits)
     tokens = random_tokens(cfg.vocab_size, 2, 8)
     cache = init_cache(cfg, 2)

@@ -1,9 +1,10 @@
 """A model's cache in rows that texts take and leave at any step: prompts are read in chunks, all rows go on together.
 
 A row keeps what it held when its text has left, and the next text that begins alike takes that over. Only one thread
-uses a batch. In float32 a text is what it would be alone but for the last bits of its logits. In other types those
-would show, so there (`exact`) every step has one shape, attention goes row by row, prompts are cut at fixed places, and
-only what was read that way is taken over: then a text is the same to the bit, whatever its neighbours do.
+uses a batch. The native step gives a row the same bits in any company; what torch reads of a prompt, in float32, may
+differ in the last ones. In other types those would show, so there (`exact`) prompts are cut at fixed places, and only
+what was read that way is taken over: then a text is the same to the bit, whatever its neighbours do. Where there is no
+native step, every step has one shape then, and attention goes row by row.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Batch:
         self.weights, self.cfg, self.rows = weights, cfg, rows
         self.dtype, self.device = table.dtype, table.device
         self.exact = self.dtype != torch.float32 if exact is None else exact
+        self._one_shape = self.exact and weights.native is None
         self.slots: list[Slot] = []
         self._reading: list[Slot] = []
         self._joins = 0
@@ -105,7 +107,7 @@ class Batch:
     def _step(self, slots: list[Slot], new: Mapping[Slot, int]) -> Tensor:
         """Of the rows of one lane. The rest of those in between rest: their length is 0, so nothing is written."""
         rows = [slot.row for slot in slots]
-        first, last = (0, self.rows) if self.exact else (min(rows), max(rows) + 1)
+        first, last = (0, self.rows) if self._one_shape else (min(rows), max(rows) + 1)
         lane, part = slots[0].lane, slice(first, last)
         positions, tokens, lengths = [min(s.filled for s in slots)] * (last - first), [0] * (last - first), []
         for slot in slots:
@@ -116,7 +118,7 @@ class Batch:
         cache = KVCache(lane.k[:, part], lane.v[:, part], lane.pos.new_tensor(positions), lane.tokens[part])
         given = torch.tensor(tokens, device=self.device)[:, None]
         some = None if all(lengths) else torch.tensor(lengths, device=self.device)
-        logits, _ = decode(self.weights, given, self.cfg, cache, lengths=some, apart=self.exact)
+        logits, _ = decode(self.weights, given, self.cfg, cache, lengths=some, apart=self._one_shape)
         return logits[[row - first for row in rows]]
 
     def _shared(self, slot: Slot, prompt: list[int]) -> int:

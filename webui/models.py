@@ -20,8 +20,9 @@ from fnlm import checkpoint, environment, interop, params, tokenizers, trained
 from fnlm.checkpoint import layout
 from fnlm.config import ModelConfig
 from fnlm.decode import Prepared, prepare
+from fnlm.lora import is_adapter
 from fnlm.machine import has_fast_bf16
-from fnlm.quantize import quantize
+from fnlm.quantize import Bits, quantize
 from fnlm.tokenizers import Tokenizer
 from webui import checkpoints
 
@@ -77,7 +78,7 @@ class Models:
 
     Those loaded have at most `memory` bytes together (half of what is free at the start), else the one used longest
     ago is let go. `precision` "auto": bfloat16 on a GPU or a CPU that multiplies it quickly, for large models.
-    `quantize`: their matrices in int8, the rest in bfloat16.
+    `quantize`: their matrices in so many bits, the rest in bfloat16.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Models:
         memory: int | None = None,
         device: str = "cpu",
         precision: Precision = "auto",
-        quantize: bool = False,
+        quantize: Bits | None = None,
     ):
         self.folders = [Path(folder) for folder in folders]
         self.device, self.precision, self.quantize = device, precision, quantize
@@ -169,7 +170,7 @@ class Models:
 
     def _load(self, name: str, path: Path) -> Loaded:
         try:
-            model = trained.load(path, device=self.device)
+            model = trained.load(path, device=self.device, dtype="saved")
         except (ValueError, OSError) as error:
             with self._lock:
                 kept = self._loaded.get(name)
@@ -179,10 +180,13 @@ class Models:
             return kept[1]
         dtype = dtype_of("bf16" if self.quantize else self.precision, self.device, params.count(model.cfg))
         weights = {name: p.to(dtype) for name, p in model.params.items()}
-        said = "int8" if self.quantize else str(dtype).removeprefix("torch.")
+        said = f"int{self.quantize}" if self.quantize else str(dtype).removeprefix("torch.")
         _log.info("loaded %s, step %d, %s", name, model.step, said)
-        ready = prepare(quantize(weights) if self.quantize else weights, model.cfg)
-        return Loaded(model.cfg, ready, model.tokenizer, model.step)
+        cfg, tokenizer, step = model.cfg, model.tokenizer, model.step
+        del model  # the same in another type
+        return Loaded(
+            cfg, prepare(quantize(weights, self.quantize) if self.quantize else weights, cfg), tokenizer, step
+        )
 
     def _describe(self, name: str, path: Path) -> About | None:
         try:
@@ -258,7 +262,7 @@ def describe(name: str, path: Path) -> About:
         return _foreign(name, path)
     at = current(path)
     tree, config = checkpoint.describe(at), json.loads((at / layout.CONFIG).read_text(encoding="utf-8"))
-    sizes = [math.prod(t["shape"]) for k, t in tree["tensors"].items() if k.startswith("params/")]
+    sizes = [math.prod(t["shape"]) for k, t in tree["tensors"].items() if k.startswith("params/") and not is_adapter(k)]
     extra = tree["extra"]
     loss = next((extra[k] for k in ("val_loss", "loss") if isinstance(extra.get(k), (int, float))), None)
     saved = int((at / layout.COMMITTED).stat().st_mtime)

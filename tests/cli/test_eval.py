@@ -150,6 +150,11 @@ def test_tasks_need_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rounded_to_int8_it_loses_little() -> None:
     wide, small = figures("runs/one")[0]["loss"], figures("runs/one", "--quantize")[0]["loss"]
     assert 0 < abs(small - wide) < 0.01
+    assert figures("runs/one", "--quantize", "int8")[0]["loss"] == small
+    assert 0.0001 < abs(figures("runs/one", "--quantize=int4")[0]["loss"] - wide) < 0.1
+    result = fnlm("eval", "runs/one", "--quantize=int2")
+    assert result.exit_code == 2
+    assert "'int2' is not one of 'int8', 'int4'" in result.stderr
 
 
 def test_the_checkpoint_can_be_chosen() -> None:
