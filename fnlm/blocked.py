@@ -81,9 +81,10 @@ def _probs(q: Tensor, k: Tensor, span: Span, cfg: ModelConfig) -> Tensor:
     q, k, bias = q[:, span.rows], k[:, span.cols], span.bias
     if bias.ndim == 3 and len(bias) == 1:
         return torch.baddbmm(bias, q, k.mT, alpha=scale(cfg)).softmax(-1)
-    scores = (q @ k.mT).mul_(scale(cfg))
-    if bias.ndim == 4:
+    if bias.ndim == 4:  # (B, 1 or H, t, s), beside the plain formula one pass over the scores more
+        scores = (q * scale(cfg)) @ k.mT
         scores.unflatten(0, (-1, len(bias))).add_(bias.transpose(0, 1))
-    else:
-        scores.unflatten(0, (len(bias), -1)).add_(bias[:, None])
+        return scores.softmax(-1)
+    scores = (q @ k.mT).mul_(scale(cfg))
+    scores.unflatten(0, (len(bias), -1)).add_(bias[:, None])
     return scores.softmax(-1)
