@@ -4,7 +4,7 @@
 >>> state, extra = restore(newest_good("runs/demo/checkpoints"), like=init_state(init_params(cfg, key), optimizer))
 """
 
-from fnlm.checkpoint.files import CheckpointError, SaveFailed
+from fnlm.checkpoint.files import CheckpointError, Misfit, SaveFailed
 from fnlm.checkpoint.layout import best, describe, is_any, mark_best, newest_good, older, resolve, verify
 from fnlm.checkpoint.part_saver import PartSaver
 from fnlm.checkpoint.read import fitted, load_params, restore
@@ -13,6 +13,7 @@ from fnlm.checkpoint.write import save
 
 __all__ = [
     "CheckpointError",
+    "Misfit",
     "PartSaver",
     "SaveFailed",
     "Saver",

@@ -43,6 +43,10 @@ class CheckpointError(ValueError):
     exit_code = 4
 
 
+class Misfit(CheckpointError):
+    """A checkpoint whose tensors are not those that are wanted; the message is a table and, last, the remedy."""
+
+
 class SaveFailed(CheckpointError):
     """The disk did not take a checkpoint: it is full, or broken. What was there before stays."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fnlm import tree
 from fnlm.checkpoint import layout
-from fnlm.checkpoint.files import CheckpointError
+from fnlm.checkpoint.files import CheckpointError, Misfit
 from fnlm.checkpoint.packing import dtype_name
 from fnlm.checkpoint.pieces import Box, Pieces
 from fnlm.config import ModelConfig, did_you_mean
@@ -38,7 +38,7 @@ def restore(
     wanted = tree.flatten({"params": like.params, "opt_state": like.opt_state})
     rows = _differences(about["tensors"], wanted)
     if rows and not partial:
-        raise CheckpointError(_table(path, about, rows) + _remedy(about))
+        raise Misfit(_table(path, about, rows) + _remedy(about))
     pieces = Pieces(path, about)
     saved = pieces.whole() if part is None else pieces.boxes(part)
     odd = {name for _, name, _ in rows}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 
+from fnlm.checkpoint import Misfit
 from fnlm.environment import environment, memory_available
 from fnlm.loop import folder as files
 from fnlm.loop import memory
 from fnlm.loop.job import Begin, Job, Outcome, parted
+from fnlm.loop.misfit import explained
 from fnlm.loop.rank import Together
 from fnlm.loop.session import Session
 from fnlm.loop.signals import Stop
@@ -27,7 +29,10 @@ def fit(job: Job, trackers: Tracker, progress: Progress, mesh: Mesh | None = Non
     """
     job = parted(job)
     team = Alone(job) if mesh is None or mesh.world == 1 else Together(job, mesh)
-    begin, metrics = team.begin(), job.folder / files.METRICS
+    try:
+        begin, metrics = team.begin(), job.folder / files.METRICS
+    except Misfit as error:
+        raise explained(job, error) from error
     job = team.job
     log = Many([trackers])
     if team.lead:

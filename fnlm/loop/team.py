@@ -44,13 +44,13 @@ class Alone:
             own, self.resting = self.subset.parted(self._fresh())
             return Begin(init_state(own, self.optimizer, self.plan, key), {})
         if job.partial:
-            like = self._whole_state(self._fresh(anew=True), key)
+            like = self.described(self._fresh(anew=True), key)
             return self._parted(Begin(*checkpoint.restore(job.resume, like, partial=True)))
         outline = {k: torch.empty(shape, device="meta") for k, shape in self.subset.sizes.items()}
-        like = self._whole_state(outline, key)
+        like = self.described(outline, key)
         return self._parted(self._placed(checkpoint.restore(job.resume, like), like))
 
-    def _whole_state(self, params: Params, key: Tensor) -> TrainState:
+    def described(self, params: Params, key: Tensor) -> TrainState:
         """The state as a checkpoint holds it: with what rests."""
         state = init_state(self.subset.parted(params)[0], self.optimizer, self.plan, key)
         return state._replace(params=params)

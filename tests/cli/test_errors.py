@@ -131,8 +131,15 @@ MISTAKES = [
     ("train demo data/tale --out runs/tiny", USAGE, r"runs/tiny holds a run; continue it with --resume, .*"),
     ("train --resume runs/none", BAD, r"there is no runs/none to resume from"),
     ("train --resume runs/torn", BAD, r"runs/torn has no whole checkpoint to resume from"),
-    ("train --out runs/tiny d_model=32 --resume", BAD, r"runs/tiny/checkpoints/\d{8} does not fit: .*; use .*"),
-    ("train --out runs/tiny --resume d_model=32", BAD, r"runs/tiny/checkpoints/\d{8} does not fit: .*; use .*"),
+    *(
+        (f"train --out runs/tiny {words}", BAD, rf"runs/tiny/checkpoints/\d{{8}} does not fit: .*; use {then}, with .*")
+        for words, then in (
+            ("d_model=32 --resume", "d_model=16"),
+            ("--resume d_model=32 lr=1e-3", "d_model=16"),
+            ("--resume=auto optimizer=adamw", "optimizer=muon"),
+            ("--resume=auto ema=0.9 dropout=0.5 steps=9", "ema=None"),
+        )
+    ),
     ("train --resume=steps=3 demo data/tale", BAD, r"there is no steps=3 to resume from"),
     ("train --resume runs/tiny --data data/bytes", BAD, r"data/bytes is not what runs/tiny.* was trained on .*"),
     ("train demo data/tale --init-from runs/tiny n_layers=2", BAD, r"runs/tiny.* does not fit: .*"),
