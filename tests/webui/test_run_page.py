@@ -83,6 +83,7 @@ def test_it_goes_on_with_the_run(page: Page) -> None:
     titles = "[...document.querySelectorAll('figcaption b')].map(n => n.textContent)"
     assert page.js(titles) == ["Loss", "Learning rate", "Gradient norm", "Throughput"]
     assert page.js(text("#sample-step")) == "step 100"
+    page.wait(text("#sample-text"))
     assert page.js("[...document.querySelectorAll('#sample-text .words')].map(n => n.textContent)") == [
         "Once upon step 100",
         "Twice at 100",
@@ -108,6 +109,19 @@ def test_it_goes_on_with_the_run(page: Page) -> None:
     tell(page.run, step=200, event="finished", message="finished after 200 steps")
     page.wait(f"{text('#state')} === 'finished'")
     assert page.js("document.querySelector('#progress').value") == 200
+
+
+def test_a_run_that_is_not_there(page: Page) -> None:
+    begin(page.run.parent / "other")
+    page.page.do("Page.navigate", url=f"{page.url}run?name=nothing")
+    page.wait("document.querySelector('#notice')?.textContent === 'There is no run nothing; choose another above.'")
+    assert page.js("document.querySelector('#whole').hidden")
+    page.wait("document.querySelectorAll('#runs option').length === 2")
+    page.js("(n => { n.value = 'other'; n.dispatchEvent(new Event('change')); })(document.querySelector('#runs'))")
+    page.wait("document.querySelector('.chart') && !document.querySelector('#whole').hidden")
+    assert page.js("location.search") == "?name=other"
+    assert page.js("document.querySelector('#notice').hidden")
+    page.page.said = [s for s in page.page.said if "404" not in json.dumps(s)]  # the browser's own word on it
 
 
 def test_the_numbers_under_the_pointer_stay_while_curves_grow(page: Page) -> None:

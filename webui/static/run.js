@@ -20,8 +20,9 @@ async function tick() {
   clearTimeout(timer);
   const mine = ++turn;
   let wait = SOON;
+  let all = [];
   try {
-    const all = await api.runs();
+    all = await api.runs();
     if (mine !== turn) return;
     name ??= all[0] ?? null;
     choices(all);
@@ -37,7 +38,8 @@ async function tick() {
       await askKey();
       return void tick();
     }
-    notify(error.message);
+    if (error.status === 404) byId("whole").hidden = true;
+    notify(error.status === 404 ? `There is no run ${name}${all.length ? "; choose another above" : ""}.` : error.message);
   }
   if (!document.hidden) timer = setTimeout(tick, wait);
 }
@@ -49,7 +51,7 @@ function notify(line) {
 
 function choices(all) {
   const box = byId("runs");
-  box.hidden = all.length < 2;
+  box.hidden = all.every((each) => each === name);
   byId("run-name").classList.toggle("unseen", !box.hidden);
   if (!box.hidden && box.dataset.all !== JSON.stringify(all)) {
     box.dataset.all = JSON.stringify(all);
@@ -60,6 +62,10 @@ function choices(all) {
 
 function show(run) {
   const isOther = known.name !== run.name;
+  if (byId("whole").hidden) {
+    byId("whole").hidden = false;
+    grow();
+  }
   byId("run-name").textContent = run.name;
   document.title = `${run.name}, ${run.state} - fnlm`;
   progress(run);
@@ -101,7 +107,7 @@ function charts(html) {
 function events(all) {
   byId("happened").hidden = !all.length;
   byId("events").replaceChildren(...all.toReversed().map(({ step, event, message, time }) => {
-    const what = make("td", "", make("strong", "", event), message ? ` ${message}` : "");
+    const what = make("td", "", make("strong", "", event), message.startsWith(event) ? message.slice(event.length) : ` ${message}`);
     return make("tr", "", make("td", "", number(step)), what, make("td", "", time === null ? "–" : new Date(time * 1000).toLocaleTimeString()));
   }));
 }
