@@ -397,6 +397,18 @@ def test_full(slow: tuple[Engine, Script]) -> None:
     response.close()
 
 
+def test_silence_is_filled(slow: tuple[Engine, Script], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream whose next token is long in coming says so, lest a proxy hangs up."""
+    engine, script = slow
+    monkeypatch.setattr("webui.replies.HEARTBEAT", 0.01)
+    script.pause = 0.3
+    asked = {**ENDLESS, "max_tokens": 2, "stream": True}
+    said = create_app(engine).test_client().post(TEXT, json=asked).get_data(as_text=True)
+    assert said.count(": waiting\n\n") >= 2
+    assert said.count('"text":"x"') == 2
+    assert said.endswith("data: [DONE]\n\n")
+
+
 def test_a_client_that_leaves_frees_its_place(slow: tuple[Engine, Script]) -> None:
     engine, script = slow
     client = create_app(engine).test_client()
