@@ -320,4 +320,7 @@ def test_force_replaces_only_what_such_an_export_wrote(target: str, tmp_path: Pa
     assert (mine / "thesis.txt").read_text() == "x" and link.is_symlink()
     for _ in range(2):
         export(tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "mine", "out"]
+    (tmp_path / "other").symlink_to(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="choose another --out"):
+        export(tmp_path / "other")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "mine", "other", "out"]
