@@ -165,7 +165,7 @@ def require_space(folder: Path, needed: int) -> None:
     free, needed = shutil.disk_usage(folder).free, needed + SLACK
     if free < needed:
         raise SaveFailed(
-            f"{folder} has {free / 2**20:,.0f} MiB of free disk, a checkpoint takes {needed / 2**20:,.0f} MiB; "
+            f"{folder} has {free / 2**20:,.1f} MiB of free disk, a checkpoint takes {needed / 2**20:,.1f} MiB; "
             "free some space, keep fewer checkpoints, or save what='params'"
         )
 

@@ -217,6 +217,6 @@ def test_a_full_disk_is_seen_before_writing(start: Path, tmp_path: Path, monkeyp
     shutil.copytree(start, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 << 30, 0, 1000 << 10))
-    with pytest.raises(checkpoint.CheckpointError, match=r"1 MiB of free disk, .* takes 1 MiB; free some space"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"1\.0 MiB of free disk, .* takes 1\.0 MiB; free some space"):
         save(folder, state_at(3))
     assert sorted(p.name for p in folder.iterdir()) == ["00000001", "00000002", "latest"]
