@@ -1,6 +1,6 @@
 """lm-eval's tasks on a model of ours: the adapter that its evaluator drives, and running tasks by name.
 
-Needs the extra `eval`; `tasks_of` says so where it is missing. Nothing here is imported by `fnlm.evaluation`.
+Needs the extra `eval`, so nothing here is imported by `fnlm.evaluation`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 
 from fnlm import random
 from fnlm.config import ModelConfig
+from fnlm.data import DataError
 from fnlm.decode import prepare
 from fnlm.evaluation.scoring import pair, rolling, score
 from fnlm.generate import beginning, complete
@@ -137,7 +138,7 @@ def run(
 
     Where the adapter's `stop` ends it, those of the tasks that were whole by then.
 
-    ValueError for a task that is not known, or whose data cannot be had, in one line.
+    ValueError for a task that is not known, DataError for one whose data cannot be had, in one line.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -160,7 +161,7 @@ def run(
             return found
         except (OSError, ValueError, KeyError, RuntimeError) as error:  # a hub that is not reached, data that is not
             line = str(error).strip().partition("\n")[0]
-            raise ValueError(f"task {task!r} failed ({type(error).__name__}: {line})") from error
+            raise DataError(f"task {task!r} failed ({type(error).__name__}: {line})") from error
         for name, figures in said["results"].items():
             found[name] = _plain(figures) | {"examples": said["n-samples"].get(name, {}).get("effective")}
             done(name, found[name])
