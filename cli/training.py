@@ -185,7 +185,8 @@ def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Tra
         data.boundary(dataset)  # or says, before anything is written, why they cannot be told apart
     params = initial(model, settings, wish.partial) if model else None
     loop.mesh_of(*settings[:3], wish.world, threads=wish.simulate is not None)
-    came = interop.carried(model.config, dataset.manifest["kind"]) if model else {}
+    about = dataset.manifest
+    came = interop.carried(model.config, about["kind"], about.get("template")) if model else {}
     config = described(settings, dataset, init_from=str(model.path) if model else None, **came, **more)
     if wish.dry_run:
         click.echo(json.dumps(config, indent=2))

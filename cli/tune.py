@@ -163,7 +163,8 @@ class Trainer:
         came: dict[str, Any] = {"preset": None, "init_from": None}
         if self.model is not None:
             came = {"preset": self.model.config.get("preset"), "init_from": str(self.model.path)}
-            came |= interop.carried(self.model.config, self.dataset.manifest["kind"])
+            about = self.dataset.manifest
+            came |= interop.carried(self.model.config, about["kind"], about.get("template"))
         if resume is None:
             loop.claim(at, force=True)
         params = initial(self.model, settings, False) if self.model is not None and resume is None else None

@@ -64,16 +64,17 @@ def described(model: Foreign, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def carried(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def carried(config: Mapping[str, Any], kind: str, template: str | None = None) -> dict[str, Any]:
     """What a run's config.json says of where the model was imported from, for a run that trains it further.
 
-    A model of text that is trained on conversations (`kind`) keeps neither its end tokens nor its template.
+    A model of text that is trained on conversations (`kind`) keeps neither its end tokens nor its template; it gets the
+    `template` by which they were written.
     """
     came = config.get("interop")
     if came is None:
         return {}
     anew = kind == "chat" and config.get("kind") != "chat"
-    return {"interop": {**came, "template": None, "kept": {}} if anew else came}
+    return {"interop": {**came, "template": template, "kept": {}} if anew else came}
 
 
 def speaks_chatml(model: Foreign, tokenizer: Tokenizer) -> bool:

@@ -155,7 +155,9 @@ def test_nothing_and_everything_to_learn_are_refused(mask: int, says: str, tmp_p
 
 def test_no_answer_anywhere_is_refused(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": str(i)}]} for i in range(9)])
-    with pytest.raises(DataError, match=r"a\.jsonl: no conversation has an assistant's message, so that there is nothing"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: no conversation has an assistant's message, so that there is nothing"
+    ):
         data.prepare(Preparation((str(file),), tmp_path / "out", "byte"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
 

@@ -44,7 +44,7 @@ def mixed(two: list[str], out: Path, weights: tuple[float, float], **how: Any) -
 
 
 @given(weight=st.integers(1, 99), seed=st.integers(0, 9))
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_shares_are_those_of_tokens(
     weight: int, seed: int, two: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -298,7 +298,7 @@ def test_records_of_the_web_and_what_is_not_there(server: Server, tmp_path: Path
 
 def corpus() -> list[str]:
     """Documents with what the steps look for."""
-    base = [" ".join(random.Random(i).choices([f"word{j}" for j in range(999)], k=60)) for i in range(90)]
+    base = [" ".join(random.Random(i).choices([f"word{j}" for j in range(999)], k=60)) for i in range(60)]
     return [*base, *base[:10], base[3] + " more", base[4] + ", mail a@b.org", "short"]
 
 
@@ -308,11 +308,11 @@ def test_what_steps_did_is_in_the_manifest(tmp_path: Path) -> None:
     wanted = Wanted(clean=("exact", "pii", "minhash"))
     made = data.prepare(todo(file, tmp_path / "out", wanted=wanted))
     assert made["cleaned"]["train"] == {
-        "exact": {"seen": 103, "removed": 10, "reasons": {"seen before": 10}},
-        "pii": {"seen": 93, "changed": 1, "masked": 1},
-        "minhash": {"seen": 93, "removed": 2, "reasons": {"nearly seen before": 2}},
+        "exact": {"seen": 73, "removed": 10, "reasons": {"seen before": 10}},
+        "pii": {"seen": 63, "changed": 1, "masked": 1},
+        "minhash": {"seen": 63, "removed": 2, "reasons": {"nearly seen before": 2}},
     }
-    assert sum(split["documents"] for split in made["splits"].values()) == 91
+    assert sum(split["documents"] for split in made["splits"].values()) == 61
     assert made["settings"]["clean"] == ["exact", "pii", "minhash"]
 
 
@@ -335,10 +335,10 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in corpus() * 3])
     pytest.importorskip("datasketch")
     wanted = Wanted(clean=("exact", "minhash=0.7", "pii", "language=en"))
-    made = [data.prepare(todo(file, tmp_path / str(n), wanted=wanted._replace(workers=n))) for n in (1, 3)]
+    made = [data.prepare(todo(file, tmp_path / str(n), wanted=wanted._replace(workers=n))) for n in (1, 2)]
     assert made[0]["splits"] == made[1]["splits"]
     assert made[0]["cleaned"] == made[1]["cleaned"]
-    assert data.prepare(todo(file, tmp_path / "1", wanted=wanted._replace(workers=2))) == made[0]  # done already
+    assert data.prepare(todo(file, tmp_path / "1", wanted=wanted._replace(workers=3))) == made[0]  # done already
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_an_interrupted_encoding_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     talk = jsonl(tmp_path / "b.jsonl", [{"prompt": f"{i}", "completion": f"{i} " * 40} for i in range(300)])
     scope = data.prepare.__globals__
     for number, (path, npy) in enumerate(((file, False), (file, True), (talk, False))):
-        one = todo(path, tmp_path / f"out{number}", tokenizer="bpe:300", npy=npy)
+        one = todo(path, tmp_path / f"out{number}", npy=npy)
         whole = data.prepare(replace(one, out=tmp_path / f"whole{number}"))
         monkeypatch.setattr("fnlm.data.encode.DOCUMENTS", 20)
         monkeypatch.setitem(scope, "SECONDS", 0.0)
@@ -438,6 +438,7 @@ def test_what_is_validated_on_is_left_out_of_train(tmp_path: Path) -> None:
     assert made["repeated"] == {"validation": 3, "train": 3}
 
 
+@pytest.mark.slow
 def test_dailydialogs_validation_repeats_in_train(test_data: Path, tmp_path: Path) -> None:
     train, val = (str(test_data / "dialog" / f"dailydialog-{name}.txt") for name in ("train", "validation"))
     said: list[str] = []
