@@ -16,7 +16,7 @@ from torch import Tensor
 from fnlm import random
 from fnlm.config import ModelConfig
 from fnlm.decode import CHUNK, Prepared, decode, init_cache, prefill
-from fnlm.sampling import Numbers, Settings, choose, extended, filtered, history_of
+from fnlm.sampling import History, Numbers, Settings, choose, extended, filtered, history_of
 from fnlm.tokens import Limits, Token, reread, slid, told
 from fnlm.types import Key
 
@@ -169,35 +169,54 @@ def drafted(
     table = ready.root["embed.tokens.weight"]
     text, most = limits.begun(prompt, cfg), limits.most(prompt, settings, cfg)
     size = min(cfg.seq_len, len(text) + most)
-    at, accept = Numbers(key, most), accepting(key, most)
-    history = history_of([prompt], cfg.vocab_size, table.device) if settings.has_penalties else None
+    judge = _Judge(settings, key, limits, row, most)
+    if settings.has_penalties:
+        judge.history = history_of([prompt], cfg.vocab_size, table.device)
     logits, cache = prefill(ready, [text], cfg, init_cache(cfg, 1, size, table.dtype, table.device))
-    drafter, new, draft, step, length = begin(settings, key), list(text), Draft([]), 0, MOST
+    drafter, new, draft, length = begin(settings, key), list(text), Draft([]), MOST
     while True:
-        said = 0
-        for i, logit in enumerate(logits[:, None]):
-            banned = tuple(limits.ends) if step < settings.min_tokens else ()
-            logp = filtered(logit, settings, history, banned, limits.vocab_size)[0]
-            chosen = torch.tensor([decided(logp, draft, i, at[step], accept[step])], device=logit.device)
-            full = {row} if step + 1 == most else set[int]()
-            (token,) = told([(0, row)], chosen, logit, limits.ends, full)
-            hit = i < len(draft.ids) and int(chosen) == draft.ids[i]
-            yield token._replace(drafted=0 if i else len(draft.ids), guessed=hit)
+        said = []
+        for token in judge.said(logits, draft):
+            yield token
             if token.finish:
                 return
-            said, step = said + 1, step + 1
-            text.append(token.id)
-            new.append(token.id)
-            history = history and extended(history, chosen)
-            if i < len(draft.ids) and not hit:
-                break
-        length = next_length(said - 1, len(draft.ids)) if draft.ids else length
+            said.append(token)
+        new += [token.id for token in said]
+        text += [token.id for token in said]
+        length = next_length(len(said) - 1, len(draft.ids)) if draft.ids else length
         if len(text) > cfg.seq_len:
             text = slid(text, cfg.seq_len, limits.keep or 0)
             reread(ready, cfg, cache, 0, text[:-1])
             drafter, new = begin(settings, key), list(text)
-        draft = drafter.propose(new, min(length, size - len(text), most - step - 1), step)
+        draft = drafter.propose(new, min(length, size - len(text), most - judge.step - 1), judge.step)
+        new = []
         fed = torch.tensor([[text[-1], *draft.ids]], device=table.device)
         cache = cache._replace(pos=torch.full_like(cache.pos, len(text) - 1))
         (logits,), cache = decode(ready, fed, cfg, cache, every=True)
-        new = []
+
+
+class _Judge:
+    """What a row says of drafts: its numbers, its history, and how many tokens it has said."""
+
+    def __init__(self, settings: Settings, key: Key, limits: Limits, row: int, most: int) -> None:
+        self._settings, self._limits, self._row, self._most = settings, limits, row, most
+        self._at, self._accept = Numbers(key, most), accepting(key, most)
+        self.history: History | None = None
+        self.step = 0
+
+    def said(self, logits: Tensor, draft: Draft) -> Iterator[Token]:
+        """Of logits (n + 1, V) after what was said and after each drafted token: the tokens up to the first that was
+        not drafted."""
+        for i, logit in enumerate(logits[:, None]):
+            banned = tuple(self._limits.ends) if self.step < self._settings.min_tokens else ()
+            logp = filtered(logit, self._settings, self.history, banned, self._limits.vocab_size)[0]
+            x = decided(logp, draft, i, self._at[self.step], self._accept[self.step])
+            chosen = torch.tensor([x], device=logit.device)
+            full = {self._row} if self.step + 1 == self._most else set[int]()
+            (token,) = told([(0, self._row)], chosen, logit, self._limits.ends, full)
+            hit = i < len(draft.ids) and x == draft.ids[i]
+            self.step += 1
+            yield token._replace(drafted=0 if i else len(draft.ids), guessed=hit)
+            self.history = self.history and extended(self.history, chosen)
+            if not hit:
+                return

@@ -34,7 +34,7 @@ FIELDS = [
     "model", "messages", "prompt", "temperature", "top_p", "top_k", "min_p", "max_tokens", "max_completion_tokens",
     "min_tokens", "stop", "seed", "n", "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logprobs", "top_logprobs", "echo", "suffix", "best_of", "stream", "stream_options", "truncate", "tools", "user",
-    "text", "tokens", "texts", "__class__",
+    "text", "tokens", "texts", "__class__", "typical_p", "stop_token_ids", "slide", "slide_keep",
 ]  # fmt: skip
 BASES: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {**HELLO, "max_tokens": 3}),
