@@ -45,8 +45,8 @@ def command(words: tuple[str, ...], init_from: Path | None, options: Options) ->
             )
         return continued(found, wish)
     model = trained.load(init_from) if init_from else None
-    preset = name or (model.config.get("preset") if model else None) or "demo"
+    preset = name or (model.config.get("preset") if model else "demo")
     base = PRESETS[preset] if model is None else model.cfg
-    train = TRAINING.get(preset, TrainConfig(steps=1000, batch_size=16))
-    dataset = open_data(wish.data, Path("data") / preset)
+    train = TRAINING.get(preset, TrainConfig(steps=1000, batch_size=16, lr=3e-4))
+    dataset = open_data(wish.data, Path("data") / (preset or "demo"))
     return begun((base, train, RunConfig(), Compute()), wish, wish.out or default, dataset, model, preset=preset)

@@ -38,9 +38,9 @@ def test_peft_computes_the_same(family: Family, values: dict[str, Any], targets:
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapters").eval()
     ids = torch.randint(0, cfg.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        ours = fnlm.forward(lora.apply(params, adapters, 1.5), ids, cfg)
+        ours = fnlm.forward(lora.merge({**params, **adapters}, 1.5), ids, cfg)  # theirs are not merged
         plain = fnlm.forward(params, ids, cfg)
-        assert (theirs(ids).logits - ours).abs().max() < 1e-4
+        assert (theirs(ids).logits - ours).abs().max() <= 1e-5 * max(1.0, float(ours.abs().max()))
         assert (plain - ours).abs().max() > 1e-2
 
 
