@@ -31,7 +31,7 @@ COMMANDS = {
     "export": "Write a model in the files of other software.",
     "import": "Make a run of a model that other software wrote.",
     "merge": "Make one model of several of one shape.",
-    "diff": "Say how far two models lie apart.",
+    "diff": "Say how far each parameter of B lies from A's.",
     "report": "Show runs as one HTML page.",
     "doctor": "Check what this machine and installation can do.",
 }
