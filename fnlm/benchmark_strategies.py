@@ -41,8 +41,8 @@ class Row(NamedTuple):
     """A strategy on a mesh.
 
     `gap`: the largest difference of a parameter from the single process' after the steps in float64; `in_sync`: "yes",
-    or which tensor differs where its spec says copies. `held` at rest and `peak` in bytes, of rank 0, float32. `sent`
-    (None: PyTorch's reducer does not tell) and `planned`: bytes that leave rank 0 in a step.
+    or which tensor differs where its spec says copies. `held` at rest and `peak` (None: not measured) in bytes, of rank
+    0, float32. `sent` and `planned`: bytes that leave rank 0 in a step.
     """
 
     strategy: str
@@ -51,8 +51,8 @@ class Row(NamedTuple):
     in_sync: str
     loss: float
     held: int
-    peak: int
-    sent: float | None
+    peak: int | None
+    sent: float
     planned: float
     tokens_per_s: float
 
@@ -63,7 +63,7 @@ def cases(world: int, processes: bool = False) -> list[tuple[str, Shape]]:
     rows = {"data": world // split} if world > split else {}
     data = (*(("ddp",) if processes else ()), "ddp_flat", "ddp_bucketed", "zero1", "zero2", "zero3")
     found: list[tuple[str, Shape]] = [(how, {"data": world}) for how in data]
-    found.append(("hsdp", {"replica": 2, "shard": world // 2} if world % 2 == 0 else {"shard": world}))
+    found.append(("hsdp", {"replica": 2, "shard": world // 2} if world % 2 == 0 and world > 2 else {"shard": world}))
     found += [("tensor_parallel", rows | {"tensor": split}), ("context", rows | {"context": split})]
     return [*found, ("zero3", {"data": world // 2, "tensor": 2})] if world % 2 == 0 and world > 2 else found
 
@@ -82,10 +82,41 @@ def strategies_benchmark(world: int, run: Run | None = None, quick: bool = False
         gap, in_sync, loss, book, held, speed = (threads if run is None or alone_here else run)(shape, rank)
         per_rank = rows // TRAIN.micro_batches // planned(shape).size("data", "replica", "shard")
         plan = forecast(CFG, replace(TRAIN, batch_size=per_rank), how, shape)
-        told = None if strategy(how).reducer == "torch" else sum(sent(book).values())
         peak = _peak(how, shape, rows)
-        yield Row(how, describe(shape) if shape else "", gap, in_sync, loss, held, peak, told,
+        yield Row(how, describe(shape) if shape else "", gap, in_sync, loss, held, peak, sum(sent(book).values()),
                   sum(plan.sent.values()), speed)  # fmt: skip
+
+
+def fsdp_row(world: int, quick: bool = False) -> Row:
+    """PyTorch's FSDP2 on the same run; every process of torch.distributed calls it.
+
+    What it sends is counted at torch.distributed's gathers and scatters; planned is what zero3 would send.
+    """
+    from fnlm.benchmark_peers import FsdpStep, counted
+
+    steps, timed = (3, 2) if quick else (10, 10)
+    rows = TRAIN.batch_size * TRAIN.micro_batches * world
+    want, _ = alone(steps, rows)
+
+    def made(dtype: torch.dtype) -> FsdpStep:
+        optimizer = optimizer_of(replace(TRAIN, clip=None), CFG)
+        return FsdpStep(_start(dtype), CFG, optimizer, TRAIN.clip or float("inf"), TRAIN.micro_batches)
+
+    run, loss, key = made(torch.float64), float("nan"), random.key(1)
+    for i in range(steps):
+        loss = run(_batch(i, rows), random.fold_in(key, torch.tensor(i)))
+    gap = max(float((p.full_tensor().detach() - want[k]).abs().max()) for k, p in run.own.items())
+    run, book = made(torch.float32), Book()
+    with counted(book):
+        run(_batch(0, rows), key)
+    held = bytes_of(run.local().values()) + bytes_of(tree.flatten(run.state).values())
+    begun = time.perf_counter()
+    for i in range(timed):
+        run(_batch(i, rows), key)
+    speed = timed * rows * CFG.seq_len / (time.perf_counter() - begun)
+    plan = forecast(CFG, replace(TRAIN, batch_size=rows // TRAIN.micro_batches // world), "zero3", {"data": world})
+    return Row("FSDP2", f"data={world}", gap, "yes", loss, held, None, sum(sent(book).values()),
+               sum(plan.sent.values()), speed)  # fmt: skip
 
 
 def threads(shape: Shape, rank: Callable[[Mesh], Any]) -> Any:

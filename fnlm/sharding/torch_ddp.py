@@ -2,9 +2,9 @@
 
 DDP listens where a module's parameters collect their gradients, which our step never lets happen. So it is given a
 module that has the shapes and computes nothing, and each group's gradients are put into it as they come.
-"""
 
-from __future__ import annotations
+Annotations are evaluated here, as DDP looks at those of its hook.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from fnlm.collectives import Dist, Wire
@@ -40,6 +42,13 @@ def _process_group(wire: Wire) -> Any:
     return wire.group
 
 
+def _counted(wire: Counted, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """What DDP does without a hook; the wire writes it down."""
+    flat = bucket.buffer()
+    wire.note("all_reduce", flat)
+    return allreduce_hook(_process_group(wire), bucket)
+
+
 class TorchReducer:
     """DDP's buckets and hooks for parameters of these shapes; made once, for all steps."""
 
@@ -55,8 +64,11 @@ class TorchReducer:
             gradient_as_bucket_view=True,
             init_sync=False,
         )
+        wire = layout.copies.wire
+        if isinstance(wire, Counted):
+            self.ddp.register_comm_hook(wire, _counted)
 
-    def link(self) -> TorchLink:
+    def link(self) -> "TorchLink":
         """The traffic of one step."""
         return TorchLink(self)
 

@@ -166,17 +166,18 @@ class Counted:
     size: int
     book: Book
 
-    def _note(self, op: str, x: Tensor) -> None:
+    def note(self, op: str, x: Tensor) -> None:
+        """Write down a call."""
         self.book.append(Call(op, self.axis, self.size, x.numel() * x.element_size()))
 
     def all_reduce(self, x: Tensor, op: str) -> Work:
-        self._note("all_reduce", x)
+        self.note("all_reduce", x)
         return self.wire.all_reduce(x, op)
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
-        self._note("all_gather", out)
+        self.note("all_gather", out)
         return self.wire.all_gather(out, x)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
-        self._note("reduce_scatter", x)
+        self.note("reduce_scatter", x)
         return self.wire.reduce_scatter(out, x)
