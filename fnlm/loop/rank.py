@@ -135,7 +135,7 @@ class Together(Alone):
         return make_sharded_step(build, self.optimizer, self.layout, self.plan, judge)
 
     def restore(self, path: Path, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        return self._placed(self._read(self._checked(path)), self.elastic.like)
+        return self._placed(self._read(self._checked(path, or_older=True)), self.elastic.like)
 
     def evaluate(self, params: Params, stop: Callable[[], bool]) -> Evaluation:
         """Each rank computes its part of each batch, under the strategy that it trains with."""

@@ -7,32 +7,29 @@ checkpoint: the state, the settings, and what the guard remembers. A killed run 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fnlm import checkpoint, data, random, tokenizers
-from fnlm.checkpoint import CheckpointError, PartSaver, Saver
-from fnlm.checkpoint.layout import What
+from fnlm import checkpoint, data, random
 from fnlm.data import Sizes
 from fnlm.evaluate import Evaluation
 from fnlm.loop import folder as files
 from fnlm.loop.guard import Guard
 from fnlm.loop.health import health
 from fnlm.loop.job import Begin, Outcome, Reason, averaged, keys_of
+from fnlm.loop.keeping import AnySaver, Keeper
 from fnlm.loop.ledger import Ledger
 from fnlm.loop.samples import PARTED, Sampler
 from fnlm.loop.signals import Stop
-from fnlm.loop.team import Alone, SubsetSaver
+from fnlm.loop.team import Alone
 from fnlm.track import JsonLines, Progress, Tracker
-from fnlm.types import Batch, Params, TrainState
+from fnlm.types import Batch, Params
 
-FAILED_SAVES = 3  # in a row, that end a run; a disk may be full for a while
 SHOWN = 160  # characters of a sample on the terminal
 
 
@@ -54,7 +51,7 @@ class Session:
         self,
         team: Alone,
         begin: Begin,
-        saver: Saver | PartSaver | SubsetSaver,
+        saver: AnySaver,
         stop: Stop,
         tracker: Tracker,
         progress: Progress,
@@ -70,10 +67,8 @@ class Session:
         self.sampler = Sampler(job.cfg, job.run, job.dataset, job.folder / files.SAMPLES)
         self.refused: str | None = None
         self.watched: tuple[dict[str, Tensor], Params] | None = None
-        self.failed = 0
         self.val: Evaluation | None = None
-        own = job.resume is not None and job.resume.parent == saver.folder
-        self.saved: Path | None = job.resume if own else None
+        self.keeper = Keeper(job, saver, lambda message: self._event("save failed", message))
         self._remember(begin.notes)
         self.began = perf_counter() - float(begin.notes.get("seconds", 0.0))
 
@@ -169,7 +164,8 @@ class Session:
     def _roll_back(self, bad: int) -> Outcome | None:
         """To the last checkpoint, and past all batches up to the bad one (Chowdhery et al. 2022, §5.1)."""
         self.saver.wait()
-        path = checkpoint.newest_good(self.saver.folder, before=bad + 1)
+        share = (0, 1) if self.team.world == 1 else (0, 0)  # ranks read its bytes together, in `restore`
+        path = checkpoint.newest_good(self.saver.folder, before=bad + 1, share=share)
         if path is None:
             return self._end("not finite", f"step {bad}: {self.refused}, and there is no checkpoint to go back to")
         if self.rollbacks >= self.job.run.guard_limit:
@@ -191,49 +187,15 @@ class Session:
         if evaluating or due(n, run.save_every):
             self._save(last)
         if due(n, run.snapshot_every):
-            self._attempt(lambda: self._write(self.state._replace(params=averaged(self.state)), "params"))
+            self.keeper.snapshot(self.state, self._notes())
         ended = self._evaluate() if evaluating else None
         if ended is None and (last or due(n, run.sample_every)):
             self._sample()
         self.clock.paused()
         return ended
 
-    @property
-    def _tokenizer(self) -> Path:
-        """The data's; where their folder is gone by now, that of the last checkpoint: the tokens are still mapped."""
-        own = self.job.dataset.folder / tokenizers.FILE
-        return own if own.is_file() or self.saved is None else self.saved / tokenizers.FILE
-
     def _save(self, last: bool = False) -> None:
-        """Begin to write a checkpoint of this step, unless there is one. A failure is told, and tried again later."""
-        if self.saved == self.saver.folder / f"{self.step:08d}":
-            return
-        # what went wrong in the background is told, and is no reason not to save now
-        if self._attempt(self.saver.wait) and self.saved is not None:
-            self.failed = 0
-
-        def save() -> None:
-            self.saved = self._write(self.state, "all")
-            if last:
-                self.saver.wait()
-
-        self._attempt(save, last)
-
-    def _write(self, state: TrainState, what: What) -> Path:
-        more: dict[str, Any] = {"config": self.job.config, "tokenizer": self._tokenizer, "extra": self._notes()}
-        return self.saver.save(state, what=what, **more)
-
-    def _attempt(self, write: Callable[[], object], last: bool = False) -> bool:
-        """Whether writing went well. A failure is told, and raised the last time and the third time in a row."""
-        try:
-            write()
-            return True
-        except CheckpointError as error:
-            self.saved, self.failed = None, self.failed + 1
-            if last or self.failed >= FAILED_SAVES:
-                raise
-            self._event("save failed", f"step {self.step}: {error}; training goes on, the next save tries again")
-            return False
+        self.keeper.save(self.state, self._notes(), last)
 
     def _catch_up(self) -> Outcome | None:
         """The evaluation of the step that was resumed at: it comes after the save, and may be missing."""
@@ -266,8 +228,7 @@ class Session:
         better = math.isfinite(loss) and (self.best is None or loss < self.best)
         if better:
             self.best, self.worse = loss, 0
-            if self.saved is not None:
-                self.saver.mark_best(self.saved)
+            self.keeper.mark_best()
         else:
             self.worse += 1
         patience = self.job.run.patience
@@ -299,10 +260,10 @@ class Session:
             self._event("finished", f"finished after {self.step} steps")
         else:
             self._event("stopped", f"stopped: {message or reason}")
-        assert self.saved is not None
-        seconds = perf_counter() - self.began
+        saved, seconds = self.keeper.saved, perf_counter() - self.began
+        assert saved is not None
         return Outcome(
-            self.step, reason, self.saved, self.ledger.loss, self.val, self.best, seconds, self.stop.signal, message
+            self.step, reason, saved, self.ledger.loss, self.val, self.best, seconds, self.stop.signal, message
         )
 
     def _log(self) -> None:
