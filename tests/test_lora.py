@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ import torch
 import fnlm
 from fnlm import lora, optim
 from fnlm.config import Compute, TrainConfig
+from fnlm.interop import carried
+from fnlm.loop import RunConfig
 from fnlm.losses import make_lm_loss
 from fnlm.names import chosen
 from fnlm.presets import optimizer_of, windowed
@@ -175,3 +180,25 @@ def test_a_window_may_be_shorter_than_the_model() -> None:
     learned = fnlm.ModelConfig(vocab_size=23, n_layers=1, n_heads=2, d_model=16, seq_len=32)
     with pytest.raises(ValueError, match="learned positions"):
         windowed(learned, train(length=16))
+
+
+def test_the_page_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(source, found)
+    seen = fnlm.Batch(torch.zeros(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8))
+    _, grads = value_and_grad(found["loss"])(found["adapters"], seen)
+    assert grads.keys() == found["adapters"].keys()
+    assert found["merged"].keys() == found["params"].keys()
+    stated = {name for name in re.findall(r"`(\w+)=", page) if name not in ("keep", "steps")}
+    assert stated <= {f.name for f in fields(TrainConfig)} | {f.name for f in fields(RunConfig)}
+
+
+def test_what_a_model_came_with_is_carried() -> None:
+    """All of it, but the end tokens of a text model that becomes a chat model."""
+    came = {"source": "s", "format": "hf", "template": "t", "kept": {"config": {"eos_token_id": 3}}}
+    assert carried({"kind": "chat", "interop": came}, "chat") == {"interop": came}
+    assert carried({"kind": "text", "interop": came}, "text") == {"interop": came}
+    assert carried({"kind": "text", "interop": came}, "chat")["interop"] == {**came, "template": None, "kept": {}}
+    assert carried({"kind": "text"}, "chat") == {}
