@@ -141,6 +141,8 @@ def advice(cfg: ModelConfig, train: TrainConfig, available: int, crew: Crew | No
     if found := _largest(cfg, smaller, available, crew):
         pieces = f"batch_size={found.batch_size} micro_batches={found.micro_batches}"
         return said + f"{pieces} would take {_gb(needed(cfg, found, crew))} and learn the same (or batch=auto)"
+    if needed(cfg, train, crew) <= SHARE * available:
+        return said + "a limit of the process (ulimit -v) or another program takes the rest: raise or end it"
     least = 1 if crew is None else alternatives(train, crew)[-1].batch_size
     small = override(train, batch_size=least, micro_batches=1)
     if crew is not None and crew.strategy != "zero3" and "data" in crew.shape:
