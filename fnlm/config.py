@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
+
+from fnlm.fields import at_least, check_ramp, did_you_mean, divisors, override
+from fnlm.names import factors
+
+__all__ = ["Compute", "ModelConfig", "TrainConfig", "check_ramp", "did_you_mean", "override"]
 
 Norm = Literal["layernorm", "rmsnorm"]
 Mlp = Literal["gelu", "gelu-tanh", "relu", "relu2", "swiglu"]
@@ -73,22 +76,22 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         for name in ("vocab_size", "n_layers", "n_heads", "d_model", "seq_len", "mup_base"):
-            _at_least(self, name, 1)
+            at_least(self, name, 1)
         for name in ("n_kv_heads", "d_head", "d_ff", "window"):
             if getattr(self, name) is not None:
-                _at_least(self, name, 1)
+                at_least(self, name, 1)
         for name in ("dropout_embed", "dropout_attn", "dropout_residual", "dropout_ngram"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a probability below 1; choose 0 <= {name} < 1")
         if self.d_head is None and self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
-                f"choose n_heads from {_divisors(self.d_model)}, or give d_head"
+                f"choose n_heads from {divisors(self.d_model)}, or give d_head"
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; "
-                f"choose n_kv_heads from {_divisors(self.n_heads)}"
+                f"choose n_kv_heads from {divisors(self.n_heads)}"
             )
         self._check_positions()
         self._check_head()
@@ -182,7 +185,7 @@ class Compute:
     def __post_init__(self) -> None:
         _check_choices(self)
         if self.loss_chunks is not None:
-            _at_least(self, "loss_chunks", 1)
+            at_least(self, "loss_chunks", 1)
         if self.document_end is not None and self.document_start is not None:
             raise ValueError("document_end and document_start are two ways to say one thing; set one of them")
 
@@ -228,7 +231,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         for name in ("steps", "batch_size", "micro_batches", "muon_steps"):
-            _at_least(self, name, 1)
+            at_least(self, name, 1)
         check_ramp(self.ramp)
         for _, size in self.ramp:
             if size > self.batch_size * self.micro_batches:
@@ -250,11 +253,11 @@ class TrainConfig:
 
     def _check_subset(self) -> None:
         if self.length is not None:
-            _at_least(self, "length", 1)
+            at_least(self, "length", 1)
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must lie above 0 and not above 1; 0.9 is usual")
         if self.lora is not None:
-            _at_least(self, "lora", 1)
+            at_least(self, "lora", 1)
         if self.lora is not None and self.freeze:
             raise ValueError("with lora all parameters are frozen but the adapters; leave freeze out")
         if self.lora is None and (self.lora_alpha is not None or self.lora_targets != "*"):
@@ -266,51 +269,7 @@ class TrainConfig:
     @property
     def lr_scales(self) -> list[tuple[str, float]]:
         """The pairs of `lr_scale`. Raises ValueError for what is not PATTERN=FACTOR."""
-        found = []
-        for part in filter(None, (part.strip() for part in self.lr_scale.split(","))):
-            pattern, _, factor = part.rpartition("=")
-            try:
-                number = float(factor)
-            except ValueError:
-                number = 0.0
-            if not pattern or not 0 < number < float("inf"):
-                raise ValueError(
-                    f"lr_scale has {part!r}; write PATTERN=FACTOR with a factor above 0, as in embed.*=0.1 (freeze: 0)"
-                )
-            found.append((pattern, number))
-        return found
-
-
-def check_ramp(ramp: Sequence[Sequence[int]], name: str = "ramp") -> None:
-    """Raises ValueError unless `ramp` is made of (until step, size) pairs of whole numbers, the steps rising."""
-    before = 0
-    for pair in ramp:
-        if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
-            raise ValueError(f"{name} has {pair!r}; write (until step, sequences) pairs such as [[100, 4], [300, 8]]")
-        until, size = pair
-        if until <= before or size < 1:
-            raise ValueError(f"{name} has ({until}, {size}) after step {before}; choose a later step and a size >= 1")
-        before = until
-
-
-C = TypeVar("C")
-
-
-def override(config: C, **changes: Any) -> C:
-    """A copy of a config with fields changed; an unknown name is a ValueError with the nearest one."""
-    names = [f.name for f in fields(config)]  # type: ignore[arg-type]
-    for name in changes:
-        if name not in names:
-            raise ValueError(f"{type(config).__name__} has no field {name!r}{did_you_mean(name, names)}")
-    current = {name: getattr(config, name) for name in names}
-    return type(config)(**{**current, **changes})
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The end of an error message: the nearest known word, or all of them."""
-    spelled = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(word.casefold(), spelled, n=1)
-    return f"; did you mean {spelled[near[0]]!r}?" if near else f"; choose from {', '.join(known)}"
+        return factors("lr_scale", self.lr_scale)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -329,13 +288,3 @@ def _check_choices(config: Any) -> None:
         known, value = _CHOICES.get(f.name, ()), getattr(config, f.name)
         if known and value not in known:
             raise ValueError(f"{f.name}={value!r} is unknown{did_you_mean(str(value), known)}")
-
-
-def _at_least(config: Any, name: str, least: int) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from fnlm.config import did_you_mean
+from fnlm.fields import did_you_mean
 
 EDGE = "*?["  # begin what stands for more than itself
 
@@ -44,4 +44,21 @@ def parts(names: Iterable[str], tail: bool = False) -> dict[str, None]:
         words = name.split(".")
         found |= {".".join(words[:n]): None for n in range(1, len(words) + 1)}
         found |= dict.fromkeys([*words, *(".".join(words[n:]) for n in range(1, len(words)))]) if tail else {}
+    return found
+
+
+def factors(field: str, text: str) -> list[tuple[str, float]]:
+    """The pairs of `embed.*=0.1,norm=2`. Raises ValueError for what is not PATTERN=FACTOR with a factor above 0."""
+    found = []
+    for part in parted(text):
+        pattern, _, factor = part.rpartition("=")
+        try:
+            number = float(factor)
+        except ValueError:
+            number = 0.0
+        if not pattern or not 0 < number < float("inf"):
+            raise ValueError(
+                f"{field} has {part!r}; write PATTERN=FACTOR with a factor above 0, as in embed.*=0.1 (freeze: 0)"
+            )
+        found.append((pattern, number))
     return found

@@ -16,7 +16,7 @@ FLOORS = (
     "types",
     "tree",
     "machine < clib",
-    "random < dropout | environment | config < overrides < names | collectives | compiling | kernels",
+    "random < dropout | environment | fields < names < config < overrides | collectives | compiling | kernels",
     "attention < blocked < rotary < places < ngrams < linear < mlp < sublayers < forward < losses | optim | "
     "sharding | tokenizers | world | cleaning",
     "params < lora < trainable < presets | sampling | merging | data | quantize | cache < native < prepared < decode",
