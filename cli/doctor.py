@@ -72,6 +72,8 @@ def warnings(report: dict[str, Any]) -> Iterator[str]:
         yield "fnlm is not installed, only found in this folder: its packages were not checked"
     if not report["compiler"]["torch_compile"]["cpu"]:
         yield "torch.compile cannot work on the CPU: install a C++ compiler and Python's headers; all else works"
+    if not report["compiler"]["native"]["works"]:
+        yield f"the native decode step is not there: {report['compiler']['native']['says']}; texts are written by torch"
     for d in report["devices"]:
         gflops = d["gflops"]
         if isinstance(gflops["bf16"], str):
@@ -92,6 +94,7 @@ def text(report: dict[str, Any]) -> list[str]:
     rows += [("system", report["system"])]
     rows += [("threads", f"{cores['torch']} of torch, {cores['usable_cores']} cores{quota}")]
     rows += [("torch.compile", f"{usable}: {cxx}, {headers}, {triton}")]
+    rows += [("native decode", made["native"]["says"])]
     rows += [("disk", f"{in_bytes(report['disk']['free_bytes'])} free in {report['disk']['path']}")]
     lines = columns(rows, left=(0, 1), indent="")
     for d in report["devices"]:

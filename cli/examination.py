@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import fnlm
+import fnlm.native
 from fnlm import environment, machine, optim, tree
 
 PROBE_S = 1.0  # for each device
@@ -164,10 +165,13 @@ def train_once(device: str) -> str:
 
 
 def compiler() -> dict[str, Any]:
-    """What torch.compile needs to write code for a CPU: a C++ compiler and Python's headers; for a GPU: triton."""
+    """What torch.compile needs to write code for a CPU: a C++ compiler and Python's headers; for a GPU: triton. And
+    whether the native decode step is there."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     cxx = next((path for path in map(shutil.which, names) if path), None)
     headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
     triton = importlib.util.find_spec("triton") is not None
+    found = fnlm.native.status()
+    native = {"works": found.library is not None, "says": found.says}
     usable = {"cpu": bool(cxx) and headers, "cuda": triton and bool(cxx) and headers}
-    return {"cxx": cxx, "python_headers": headers, "triton": triton, "torch_compile": usable}
+    return {"cxx": cxx, "python_headers": headers, "triton": triton, "torch_compile": usable, "native": native}

@@ -48,7 +48,7 @@ def status() -> Status:
         path = built(compiler)
         return Status(_loaded(path), f"{path} by {compiler}")
     except subprocess.CalledProcessError as error:
-        return Status(None, f"{compiler} failed: {_last_line(error.stderr)}")
+        return Status(None, f"{compiler} failed: {_complaint(error.stderr)}")
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         return Status(None, f"{compiler}: {error}")
 
@@ -123,6 +123,6 @@ def _openmp() -> tuple[int | None, int | None]:
     return None, None
 
 
-def _last_line(text: str) -> str:
-    errors = [line for line in text.splitlines() if "error" in line] or text.splitlines() or ["without a word"]
-    return errors[0].strip()
+def _complaint(text: object) -> str:
+    lines = (text if isinstance(text, str) else "").splitlines()
+    return next(iter([*(line for line in lines if "error" in line), *lines]), "without a word").strip()

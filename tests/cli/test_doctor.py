@@ -106,6 +106,8 @@ WARNINGS = [
     (lambda r: r["disk"].update(free_bytes=1 << 29), "512 MiB free in "),
     (lambda r: r["packages"].clear(), "fnlm is not installed, only found in this folder"),
     (lambda r: r["compiler"]["torch_compile"].update(cpu=False), "torch.compile cannot work on the CPU"),
+    (lambda r: r["compiler"].update(native={"works": False, "says": "no C compiler (cc)"}),
+     "the native decode step is not there: no C compiler (cc); texts are written by torch"),
     (lambda r: r["devices"][0]["gflops"].update(bf16="RuntimeError: x"),
      "cpu cannot multiply in bf16: RuntimeError: x; train with precision=fp32"),
     (lambda r: r["devices"][0].update(bf16={"fast": False, "why": ""}, gflops={"fp32": 9.0, "bf16": 2.0}),
