@@ -219,12 +219,12 @@ class TrainConfig:
     dropout: float | None = None  # overrides the model's dropouts (embedding, attention, residual)
     documents: Documents = "together"  # apart: no token looks into another document of its window
     length: int | None = None  # tokens of a training window, up to the model's seq_len; None: seq_len
-    freeze: str = ""  # patterns of names, such as embed.*,blocks.[0-5].*: these parameters stay as they are
+    freeze: str | None = None  # patterns of names, such as embed.*,blocks.[0-5].*: these parameters stay as they are
     layer_decay: float | None = None  # the rate of each layer is that of the one above it times this
-    lr_scale: str = ""  # patterns and factors, such as embed.*=0.1,norm=2: of the learning rate
+    lr_scale: str | None = None  # patterns and factors, such as embed.*=0.1,norm=2: of the learning rate
     lora: int | None = None  # the rank of low-rank adapters, which alone are then trained
     lora_alpha: float | None = None  # adapters are added times alpha / rank; None: 2 rank
-    lora_targets: str = "*"  # the maps in blocks that have adapters, by the ends of their names: q,v or attn.*,down
+    lora_targets: str | None = None  # the maps that have them, by the ends of their names: q,v or attn.*; None: all
     precision: Precision = "bf16"
     seed: int = 1337
 
@@ -260,7 +260,7 @@ class TrainConfig:
             at_least(self, "lora", 1)
         if self.lora is not None and self.freeze:
             raise ValueError("with lora all parameters are frozen but the adapters; leave freeze out")
-        if self.lora is None and (self.lora_alpha is not None or self.lora_targets != "*"):
+        if self.lora is None and (self.lora_alpha is not None or self.lora_targets is not None):
             raise ValueError("lora_alpha and lora_targets are of adapters; give their rank too, as in lora=8")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
             raise ValueError(f"lora_alpha={self.lora_alpha} must be positive; twice the rank is usual")
@@ -269,7 +269,7 @@ class TrainConfig:
     @property
     def lr_scales(self) -> list[tuple[str, float]]:
         """The pairs of `lr_scale`. Raises ValueError for what is not PATTERN=FACTOR."""
-        return factors("lr_scale", self.lr_scale)
+        return factors("lr_scale", self.lr_scale or "")
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

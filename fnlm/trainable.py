@@ -79,10 +79,10 @@ def subset_of(cfg: ModelConfig, train: TrainConfig) -> Subset:
     """What a TrainConfig trains of a model. ValueError, with the nearest names, for a pattern that names nothing."""
     sizes = shapes(cfg)
     if train.lora is not None:
-        targets = tuple(lora.targets_of(sizes, train.lora_targets))
+        targets = tuple(lora.targets_of(sizes, train.lora_targets or "*"))
         own = lora.shapes(sizes, train.lora, targets)
         return Subset(frozenset(own), {**sizes, **own}, targets, train.lora, lora_scale(train.lora, train.lora_alpha))
-    frozen = set(chosen(train.freeze, list(sizes), "freeze"))
+    frozen = set(chosen(train.freeze or "", list(sizes), "freeze"))
     if len(frozen) == len(sizes):
         raise ValueError(f"freeze={train.freeze} leaves nothing to train; freeze less")
     return Subset(frozenset(k for k in sizes if k not in frozen), sizes)

@@ -83,7 +83,7 @@ def test_wrong_trainings_are_refused(wrong: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"ema": 1.5}, "decay=1.5 is outside [0, 1)"),
+        ({"ema": 1.5}, "ema=1.5 is outside [0, 1)"),
         ({"b1": -1.0}, "b1=-1.0 is outside [0, 1)"),
         ({"b2": 1.0}, "b2=1.0 is outside [0, 1)"),
         ({"clip": 0.0}, "max_norm=0.0 would stop all learning"),
@@ -129,9 +129,11 @@ def test_wrong_computes_are_refused(wrong: dict[str, Any], message: str) -> None
     ],
 )
 def test_wrong_ramps_are_refused(ramp: Any, message: str) -> None:
-    assert fnlm.TrainConfig(steps=10, batch_size=2, ramp=((10, 4), (30, 2))).ramp[1] == (30, 2)
+    assert fnlm.TrainConfig(steps=10, batch_size=8, ramp=((10, 4), (30, 2))).ramp[1] == (30, 2)
     with pytest.raises(ValueError, match=re.escape(message)):
-        fnlm.TrainConfig(steps=10, batch_size=2, ramp=ramp)
+        fnlm.TrainConfig(steps=10, batch_size=8, ramp=ramp)
+    with pytest.raises(ValueError, match="ramp has 16 sequences, more than the full step of 8"):
+        fnlm.TrainConfig(steps=10, batch_size=8, ramp=((10, 16),))
 
 
 def test_overrides() -> None:
