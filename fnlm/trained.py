@@ -124,8 +124,17 @@ def _moved(params: Params, device: str | torch.device, dtype: torch.dtype | Lite
 
 
 def locate(path: str | Path, which: Which = "best") -> Path:
-    """What a path stands for: a checkpoint, a run's, or another tool's model. CheckpointError with the nearest name."""
+    """What a path stands for: a checkpoint, a run's, or another tool's model. CheckpointError with the nearest name.
+
+    `RUN@best`, `RUN@newest` and `RUN@1000` name one of a run's checkpoints.
+    """
     path = Path(path)
+    run, at, choice = path.name.rpartition("@")
+    if at and run and not path.exists() and path.with_name(run).is_dir():
+        if choice in ("best", "newest"):
+            return locate(path.with_name(run), choice)  # type: ignore[arg-type]
+        if choice.isdecimal():
+            return locate(path.with_name(run) / "checkpoints" / f"{int(choice):08d}")
     if (elsewhere := interop.find(path)) is not None:
         return elsewhere
     if not path.exists():

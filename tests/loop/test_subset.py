@@ -70,6 +70,11 @@ def test_a_run_with_adapters_is_loaded_as_its_model(dataset: Dataset, tmp_path: 
     merged = lora.apply(begun.params, own, 3.0)
     assert all(torch.equal(raw.params[k], merged[k]) for k in merged)
     assert any(not torch.equal(raw.params[k], found.params[k]) for k in merged)
+    assert trained.load(f"{begun.folder}@8").step == 8
+    assert trained.load(f"{begun.folder}@newest").step == 12
+    assert trained.load(f"{begun.folder}@best").step == trained.load(begun.folder).step
+    with pytest.raises(CheckpointError, match="there is no"):
+        trained.load(f"{begun.folder}@7")
     alone = trained.adapters(begun.folder, "newest", average=False)
     assert (alone.rank, alone.scale, alone.params.keys()) == (3, 3.0, own.keys())
 
