@@ -9,6 +9,9 @@ FROM python:3.11-slim
 ARG PIP_EXTRA_INDEX_URL=""
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
+# What writes texts on a CPU is compiled at first use (docs/serving.md); without a compiler torch does it, more slowly.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 WORKDIR /app
 # Its own layer: the dependencies change more rarely than the source.
 COPY constraints.txt ./

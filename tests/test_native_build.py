@@ -58,9 +58,11 @@ def test_a_compiler_that_does_not_know_the_processor(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    path = build.built(program(tmp_path / "bin", COPIES))
-    assert path.is_file()
-    assert path.parent.parent == tmp_path
+    cc = program(tmp_path / "bin", COPIES)
+    path = build.built(cc)
+    assert (path.is_file(), path.parent.parent, build.built(cc)) == (True, tmp_path, path)
+    path.parent.chmod(0o777)  # others could have put something there
+    assert build.built(cc).parent != path.parent
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The C sources beside this file as a library: compiled once for this processor, kept in the user's cache folder.
 
 What it is called there is a hash of the sources, the compiler and the processor, so nothing stale is ever loaded. It is
-written under another name first and then renamed. Where the folder cannot be written, a temporary one is used.
+written under another name first and then renamed. Where the folder cannot be written, a temporary one is taken.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -65,17 +66,25 @@ def built(compiler: str, folder: Path | None = None, options: Sequence[str] = ()
     name = f"step-{hashlib.sha256(b'|'.join([*texts, *about])).hexdigest()[:16]}.so"
     try:
         return _compiled(compiler, (folder or cache_folder()) / name, options)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except (OSError, RuntimeError):  # read-only, full, or no home at all
         if folder is not None:
             raise
-        del error
-    return _compiled(compiler, Path(tempfile.mkdtemp(prefix="fnlm-")) / name, options)
+    return _compiled(compiler, _temporary() / name, options)
 
 
 def cache_folder() -> Path:
     """Where libraries are kept: ~/.cache/fnlm, or as XDG_CACHE_HOME says."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "fnlm"
+
+
+def _temporary() -> Path:
+    """A folder of this user's among the temporary ones, which nobody else can have filled."""
+    folder = Path(tempfile.gettempdir()) / f"fnlm-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    safe = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077
+    return folder if safe else Path(tempfile.mkdtemp(prefix="fnlm-"))
 
 
 def _compiled(compiler: str, to: Path, options: Sequence[str]) -> Path:
