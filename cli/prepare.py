@@ -180,7 +180,8 @@ def refuse(*options: str, why: str) -> None:
 
 def name_of(paths: tuple[str, ...]) -> str:
     """The name of the folder: that of the first path, without its suffix. Raises ValueError for a pattern."""
-    name = corpora.name_of(paths[0]) or Path(paths[0]).stem or Path(paths[0]).resolve().name
+    name = corpora.name_of(paths[0]) or Path(paths[0]).stem
+    name = Path(paths[0]).resolve().name if name in ("", "..") else name
     if not name or any(c in "*?[]" for c in name):
         raise ValueError(f"what to call the data of {paths[0]}? give --out data/NAME")
     return name

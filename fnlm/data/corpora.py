@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from fnlm.config import did_you_mean
 
@@ -59,6 +60,10 @@ def reference(text: str) -> Hub | Web | None:
     Raises ValueError for `hub:` with nothing behind it, and a name with too much.
     """
     if text.startswith(WEB):
+        try:
+            urlsplit(text)
+        except ValueError as error:
+            raise ValueError(f"{text} is no address: {error}") from error
         return Web(text)
     if not text.startswith(HUB) and (Path(text).exists() or _first(text) not in CORPORA):
         return None
@@ -66,14 +71,15 @@ def reference(text: str) -> Hub | Web | None:
     name, *more = words.split(":")
     name, _, revision = name.partition("@")
     found = Hub(name, revision=revision or None) if text.startswith(HUB) else CORPORA[name]
-    if not name or len(more) > 2 or not all(more[1:]) or (isinstance(found, Web) and (more or column)):
+    if not name or len(more) > 2 or not all(more[1:]) or (isinstance(found, Web) and (more or column or revision)):
         raise ValueError(f"{text} is no dataset; write hub:org/name, with :config, :split and #column as needed")
     if isinstance(found, Web):
         return found
     if more and more[0]:
-        found = found._replace(config=more[0], revision=revision or None)
+        found = found._replace(config=more[0], revision=None)
     if len(more) == 2:
         found = found._replace(split=more[1], val=None)
+    found = found._replace(revision=revision or found.revision)
     return found._replace(column=column) if column else found
 
 

@@ -28,6 +28,8 @@ PIECE = 1 << 16
 """Tokens: a longer document, and text without ends of documents, is taken in pieces of so many."""
 AHEAD = 1 << 16
 """Documents whose order is looked up at once."""
+TEMPLATE = ("template", "eot_within")
+"""What the manifest says of conversations that a model's own template wrote."""
 Say = Callable[[str], None]
 
 
@@ -53,10 +55,13 @@ def parts_of(words: Sequence[str]) -> list[Part]:
         if not folder or not 0 < weight < float("inf"):
             raise ValueError(f"{word} has no weight; write data/a=0.7 data/b=0.3")
         found.append(Part(folder, weight))
-    if len({part.folder for part in found}) < max(2, len(found)):
+    if len({Path(part.folder).resolve() for part in found}) < max(2, len(found)):
         raise ValueError("a mixture has at least two different folders; write data/a=0.7 data/b=0.3")
     total = sum(part.weight for part in found)
-    return [part._replace(weight=part.weight / total) for part in found]
+    shares = [part._replace(weight=part.weight / total) for part in found]
+    if not all(part.weight for part in shares):
+        raise ValueError("the weights lie too far apart; write data/a=0.7 data/b=0.3")
+    return shares
 
 
 def mix(
@@ -72,6 +77,8 @@ def mix(
     _check(sets)
     sources = [{"path": p.folder, "weight": p.weight, "sha256": _digests(s)} for p, s in zip(parts, sets, strict=True)]
     about = {"settings": {"mix": seed, "tokens": tokens}, "source": sources}
+    if any(s.folder.resolve() == out.resolve() for s in sets):
+        raise ValueError(f"--out {out} is mixed itself; choose another")
     with staging.held(out):
         if not force and (manifest := staging.done(out, about)):
             say(f"{out} is already prepared from these folders")
@@ -80,7 +87,7 @@ def mix(
         try:
             first = sets[0].manifest
             sets[0].tokenizer.save(stage)
-            kept = {name: first[name] for name in ("format", "eot_id", "kind", "tokenizer")}
+            kept = {name: first[name] for name in ("format", "eot_id", "kind", "tokenizer", *TEMPLATE) if name in first}
             dtype = max((s.manifest["dtype"] for s in sets), key=lambda name: np.dtype(name).itemsize)
             size = max(s.manifest["vocab_size"] for s in sets)
             made = {name: _split(stage, name, parts, sets, (dtype, size), tokens, seed) for name in SPLITS}
@@ -103,7 +110,7 @@ def _check(sets: Sequence[Dataset]) -> None:
         if other.manifest["tokenizer"]["sha256"] != first.manifest["tokenizer"]["sha256"]:
             remedy = f"prepare one with --tokenizer {first.folder}"
             raise DataError(f"{other.folder} was made with another tokenizer than {first.folder}; {remedy}")
-        for name in ("kind", "prefix"):
+        for name in ("kind", "prefix", *TEMPLATE):
             if other.manifest.get(name) != first.manifest.get(name):
                 raise DataError(f"{other.folder} and {first.folder} differ in {name}; they do not mix")
 

@@ -82,7 +82,7 @@ def prepare(
     """
     check(todo.tokenizer)
     cleaning.check(todo.wanted.clean)
-    sources = todo.written.sources if todo.written else described(todo.paths + todo.val)
+    sources = todo.written.sources if todo.written else _sources(todo)
     check_files(todo.paths + todo.val)
     about = {"settings": _settings(todo), "source": sources}
     with staging.held(todo.out):
@@ -95,6 +95,7 @@ def prepare(
             manifest |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "fnlm": _version()}
             staging.commit(stage, todo.out, manifest)
         except (KeyboardInterrupt, SourceLost):
+            staging.forget_nothing(stage)
             raise  # the same command goes on from what is there
         except BaseException as error:
             shutil.rmtree(stage, ignore_errors=True)
@@ -185,6 +186,11 @@ def _pour(blocks: Iterable[Block], sinks: dict[str, Sink], total: int, progress:
             last = monotonic()
         progress(min(done, total - 1), total)
     progress(total, total)
+
+
+def _sources(todo: Preparation) -> list[dict[str, Any]]:
+    """Where the data are from; what is validated on says so, as the same files make other data without `val`."""
+    return described(todo.paths) + [{**one, "split": "val"} for one in described(todo.val)]
 
 
 def _settings(todo: Preparation) -> dict[str, Any]:

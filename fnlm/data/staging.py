@@ -36,6 +36,8 @@ def held(out: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
+    if out.name in ("", ".."):
+        raise ValueError(f"--out {out} has no name of its own; choose one such as data/NAME")
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_name(f".{out.name}.lock")
     with lock.open("w") as file:
@@ -85,6 +87,12 @@ def stage_of(out: Path, todo: dict[str, Any], force: bool, say: Callable[[str], 
     stage.mkdir(parents=True)
     replace(stage / TODO, todo)
     return stage
+
+
+def forget_nothing(stage: Path) -> None:
+    """Remove the folder of a preparation that has come to nothing yet: a wrong address leaves no trace."""
+    if not any(path.stat().st_size for path in stage.rglob("*") if path.is_file() and path.name != TODO):
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _noted(stage: Path) -> Any:

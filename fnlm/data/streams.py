@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,12 +155,14 @@ def download(url: str, folder: Path) -> Path:
         raise DataError(
             f"{url}: cannot read {file.suffix or 'it without a suffix'}; known: {', '.join(TEXT + RECORDS)}"
         )
-    folder.mkdir(exist_ok=True)
+    # two addresses may end in one name
+    file = folder / hashlib.blake2b(url.encode(), digest_size=4).hexdigest() / file.name
+    file.parent.mkdir(parents=True, exist_ok=True)
     part, about = file.with_suffix(file.suffix + ".part"), file.with_suffix(file.suffix + ".etag")
     if not file.exists():
         try:
             _fetch(url, part, about)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise SourceLost(f"{url}: {reason}; once it can be read, the same command goes on") from error
         part.rename(file)
@@ -168,8 +172,7 @@ def download(url: str, folder: Path) -> Path:
 def _fetch(url: str, part: Path, about: Path) -> None:
     """Append what is missing of the same version of a file; all of it where there is another version by now."""
     have, tag = (part.stat().st_size, about.read_text()) if part.exists() and about.exists() else (0, "")
-    headers = {"User-Agent": "fnlm", **({"Range": f"bytes={have}-", "If-Range": tag} if have and tag else {})}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
+    with _asked(url, have if tag else 0, tag) as answer:
         going_on = answer.status == 206
         about.write_text(answer.headers.get("ETag", ""))
         wanted = int(answer.headers.get("Content-Length", -1))
@@ -180,3 +183,14 @@ def _fetch(url: str, part: Path, about: Path) -> None:
                 got += len(block)
     if wanted not in (-1, got):
         raise OSError(f"the connection was lost after {got:,} of {wanted:,} bytes")
+
+
+def _asked(url: str, have: int, tag: str) -> Any:
+    """The answer of a server, from byte `have` on of the version `tag`; from the beginning where nothing is left."""
+    headers = {"User-Agent": "fnlm", **({"Range": f"bytes={have}-", "If-Range": tag} if have else {})}
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+    except urllib.error.HTTPError as error:
+        if have and error.code == 416:  # all of it was read, but not yet renamed
+            return _asked(url, 0, tag)
+        raise

@@ -14,6 +14,8 @@ from fnlm.tokenizers import CHAT_SPECIAL, Tokenizer
 
 SAMPLE = 1 << 30
 """Characters of text that a BPE tokenizer is trained on, at most."""
+LARGEST = 1 << 22
+"""Of a vocabulary: the library that trains it makes room for all of it at once, and ends the process without."""
 
 
 def check(wanted: str) -> None:
@@ -60,6 +62,8 @@ def make_tokenizer(
 def _size(text: str) -> int:
     if not text.isdecimal():
         raise ValueError(f"bpe:{text} has no size; write bpe:16000 for a vocabulary of 16,000")
+    if int(text) > LARGEST:
+        raise ValueError(f"bpe:{text} is more than the {LARGEST:,} tokens that can be trained; choose fewer")
     return int(text)
 
 

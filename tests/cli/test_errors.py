@@ -112,6 +112,8 @@ MISTAKES = [
     ("prepare tale.txt --out data/new --domains news", BAD, r"--domains needs rows with a 'url', as c4's have"),
     ("prepare tale.txt --out data/new --template runs/tiny", USAGE, r"runs/tiny has no chat template; give a run, .*"),
     ("prepare hub:", USAGE, r"hub: is no dataset; write hub:org/name, .*"),
+    ("prepare tale.txt --out .", USAGE, r"--out \. has no name of its own; choose one such as data/NAME"),
+    ("prepare tale.txt --out data/new --tokenizer bpe:99999999", USAGE, r"bpe:99999999 is more than the .* tokens .*"),
     ("prepare mix data/tale=1", USAGE, r"a mixture has at least two different folders; .*"),
     ("prepare mix data/tale data/bytes=1", USAGE, r"data/tale has no weight; write data/a=0\.7 data/b=0\.3"),
     ("prepare mix data/tale=1 data/bytes=1", BAD, r"data/bytes was made with another tokenizer than data/tale; .*"),

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fnlm import data
-from fnlm.data import DataError, Preparation, mixing
+from fnlm.data import DataError, Preparation, manifest, mixing
 from fnlm.data.mixing import Part
 
 EOT = "<|endoftext|>"
@@ -124,7 +124,35 @@ def test_a_weight_is_a_number(given: list[str]) -> None:
         data.parts_of(given)
 
 
-@pytest.mark.parametrize("given", [[], ["a=1"], ["a=1", "a=2"]])
+@pytest.mark.parametrize("given", [["a=1e-308", "b=1e308"], ["a=1e308", "b=1e308"]])
+def test_weights_that_vanish_beside_each_other(given: list[str]) -> None:
+    with pytest.raises(ValueError, match="the weights lie too far apart"):
+        data.parts_of(given)
+
+
+TURNS = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"  # whose end of text ends turns
+
+
+def test_what_a_template_wrote_keeps_it(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(20)]
+    own = [folder(tmp_path / n, rows, template=TURNS) for n in "ab"]
+    made = data.mix([Part(own[0], 0.5), Part(own[1], 0.5)], tmp_path / "out", say=lambda line: None)
+    assert (made["template"], made["eot_within"]) == (TURNS, True)
+    with pytest.raises(DataError, match="its chat template ends turns as documents end"):
+        manifest.boundary(data.open(tmp_path / "out"))
+    plain = folder(tmp_path / "c", rows)
+    with pytest.raises(DataError, match="differ in template; they do not mix"):
+        data.mix([Part(own[0], 0.5), Part(plain, 0.5)], tmp_path / "none")
+
+
+def test_a_part_is_not_replaced_by_the_mixture(two: list[str]) -> None:
+    before = data.open(two[0]).manifest
+    with pytest.raises(ValueError, match=r"--out .*a is mixed itself; choose another"):
+        data.mix([Part(two[0], 0.5), Part(two[1], 0.5)], Path(two[0]), force=True)
+    assert data.open(two[0]).manifest == before
+
+
+@pytest.mark.parametrize("given", [[], ["a=1"], ["a=1", "a=2"], ["a=1", "a/=1"]])
 def test_a_mixture_has_two_parts(given: list[str]) -> None:
     with pytest.raises(ValueError, match="at least two different folders"):
         data.parts_of(given)

@@ -62,6 +62,9 @@ def todo(path: Path | str, out: Path, **settings: Any) -> Preparation:
         ("hub:a/b", Hub("a/b")),
         ("hub:a/b@v2:x:test#body", Hub("a/b", "x", "test", "body", revision="v2")),
         ("hub:a/b::validation", Hub("a/b", None, "validation")),
+        ("alpaca@v2", Hub("tatsu-lab/alpaca", revision="v2")),
+        ("c4@v2:de", Hub("allenai/c4", "de", column="text", revision="v2", val="validation")),
+        ("dailydialog:other", Hub("li2017dailydialog/daily_dialog", "other", val="validation")),
         ("https://example.org/x.txt?y=1", Web("https://example.org/x.txt?y=1")),
         ("data/x.txt", None),
     ],
@@ -72,7 +75,9 @@ def test_references(text: str, source: Hub | Web | None) -> None:
         assert corpora.reference(corpora.label(source)) == source._replace(val=None)
 
 
-@pytest.mark.parametrize("text", ["hub:", "hub:a/b:c:d:e", "hub:a/b:c:", "shakespeare:x", "shakespeare#y"])
+@pytest.mark.parametrize(
+    "text", ["hub:", "hub:a/b:c:d:e", "hub:a/b:c:", "shakespeare:x", "shakespeare#y", "shakespeare@z"]
+)
 def test_what_is_no_reference(text: str) -> None:
     with pytest.raises(ValueError, match="is no dataset; write hub:org/name"):
         corpora.reference(text)
@@ -241,6 +246,8 @@ class Handler(BaseHTTPRequestHandler):
         content, begin = file.read_bytes(), 0
         if self.headers["Range"] and self.headers["If-Range"] == '"v1"':
             begin = int(re.findall(r"\d+", self.headers["Range"])[0])
+            if begin == len(content):
+                return self.send_error(416)
         self.send_response(206 if begin else 200)
         self.send_header("ETag", '"v1"')
         self.send_header("Content-Length", str(len(content) - begin))
@@ -291,6 +298,33 @@ def test_records_of_the_web_and_what_is_not_there(server: Server, tmp_path: Path
         data.prepare(todo(f"{url}/none.jsonl", tmp_path / "none"))
     with pytest.raises(DataError, match=r"x\.zip: cannot read \.zip; known: \.txt"):
         data.prepare(todo(f"{url}/x.zip", tmp_path / "zip"))
+
+
+def test_all_of_a_file_was_read_before_the_end(server: Server, tmp_path: Path) -> None:
+    file, url = tmp_path / "www" / "x.txt", f"http://127.0.0.1:{server.server_address[1]}/x.txt"
+    file.write_text("all of it")
+    read = streams.download(url, tmp_path / "in")
+    read.rename(read.with_suffix(".txt.part"))
+    assert streams.download(url, tmp_path / "in").read_text() == "all of it"
+    assert [asked[1] for asked in server.asked] == [None, "bytes=9-", None]
+
+
+def test_two_addresses_that_end_in_one_name(server: Server, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    for name in "ab":
+        (tmp_path / "www" / name).mkdir()
+        jsonl(tmp_path / "www" / name / "rows.jsonl", [{"text": f"{name}{i}"} for i in range(20)])
+    data.prepare(Preparation((f"{url}/a/rows.jsonl", f"{url}/b/rows.jsonl"), tmp_path / "out", "byte"))
+    assert sorted(texts_of(tmp_path / "out")) == sorted(f"{name}{i}" for name in "ab" for i in range(20))
+
+
+@pytest.mark.parametrize("address", ["localhost:port/x.txt", "127.0.0.1:9/a b.txt", "127.0.0.1:9/x.txt"])
+def test_a_wrong_address_is_one_line_and_leaves_nothing(address: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceLost, match=rf"http://{address}: .*; once it can be read"):
+        data.prepare(todo(f"http://{address}", tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"http://\[::1/x.txt is no address: Invalid IPv6 URL"):
+        data.prepare(todo("http://[::1/x.txt", tmp_path / "out"))
 
 
 # Cleaning
@@ -426,6 +460,17 @@ def test_a_long_document_is_cut(fraction: float, tmp_path: Path, monkeypatch: py
     short = [t for text in (train, val) for t in text.split(EOT) if t.startswith("short")]
     assert sorted(short) == sorted([*(f"short {i}" for i in range(30)), "short 0"])
     list(data.verify(tmp_path / "out"))
+
+
+def test_the_same_files_with_val_are_other_data(tmp_path: Path) -> None:
+    a, b = (jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n}{i}"} for i in range(9)]) for n in "ab")
+    data.prepare(Preparation((str(a), str(b)), tmp_path / "out", "byte"))
+    apart = todo(a, tmp_path / "out", val=(str(b),), val_fraction=None)
+    with pytest.raises(ValueError, match="already holds other data"):
+        data.prepare(apart)
+    made = data.prepare(apart, force=True)
+    assert made["splits"]["val"]["documents"] == 9
+    assert [one.get("split") for one in made["source"]] == [None, "val"]
 
 
 def test_what_is_validated_on_is_left_out_of_train(tmp_path: Path) -> None:
