@@ -1,6 +1,6 @@
 """How much of a strategy's communication is hidden behind computing, on a link that takes as long as the backward pass.
 
-    python benchmarks/sharding_overlap.py [--model gpt2-xl] [--mesh-size 8] [--worked] [--rounds 5]
+    python benchmarks/sharding_overlap.py [--model gpt2-xl] [--mesh-size 8] [--rows 8] [--worked] [--rounds 5]
 
 One rank's forward and backward pass, with nobody at the other end, on a wire whose collectives take latency + bytes
 sent / bandwidth on a line of their own (fnlm/sharding/modelled.py). The bandwidth is such that all of a step's
@@ -113,7 +113,7 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--model", default="gpt2-xl")
     ask.add_argument("--mesh-size", type=int, default=8)
-    ask.add_argument("--rows", type=int, default=1)
+    ask.add_argument("--rows", type=int, default=8)
     ask.add_argument("--flops", type=float, default=4e14)
     ask.add_argument("--bytes", type=float, default=2e12)
     ask.add_argument("--strategies", default="ddp_bucketed,zero1,zero2,zero3")

@@ -26,6 +26,7 @@ from fnlm.sharded import axes_of, layout_of
 from fnlm.sharded_optim import shard_optimizer
 from fnlm.sharding import Book, Layout, Ranks, Strategy, mesh_for, planned, strategy
 from fnlm.sharding.memory import Peak
+from fnlm.sharding.shapes import Remembered
 from fnlm.sharding.traffic import sent
 from fnlm.step import Loss, Plan, value_and_grad
 from fnlm.types import Batch, Key, Params, Transform, Tree
@@ -73,7 +74,7 @@ def forecast(
     params = {name: torch.empty(layout.local_shape(name), device="meta") for name in layout.shapes}
     tokens = torch.zeros(train.batch_size, seq_len or cfg.seq_len, dtype=torch.long, device="meta")
     pieces = [Batch(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32))] * min(train.micro_batches, FEWEST)
-    with Peak([*params.values(), *pieces[0]]) as seen:
+    with Peak([*params.values(), *pieces[0]]) as seen, Remembered():
         loss = _Watched(make_lm_loss(cfg, Compute(), axes_of(layout)), seen, book, cfg.has_dropout)
         plan = Plan(train.precision, len(pieces), ranks=Ranks(layout, local=True))
         _, grads = value_and_grad(loss, plan)(params, pieces)

@@ -17,6 +17,7 @@ from fnlm.presets import optimizer_of
 from fnlm.sharded import axes_of, layout_of, make_sharded_step, sharded_state
 from fnlm.sharding import Book, Mesh, Ranks, parse_mesh, planned, shard, simulate, strategy
 from fnlm.sharding.memory import Peak
+from fnlm.sharding.shapes import Remembered
 from fnlm.sharding.traffic import sent
 
 pytestmark = pytest.mark.slow
@@ -111,3 +112,19 @@ def test_a_checkpoint_and_equal_ranks() -> None:
     assert same(CFG, "zero1", {"data": 7}, (0, 6)) is False
     assert same(CFG, "ddp_bucketed", {"data": 2}, (0, 1)) is True
     assert same(CFG, "context", {"context": 2}, (0, 1)) is False
+
+
+def test_operations_that_are_remembered_make_what_they_made() -> None:
+    def both(x: torch.Tensor) -> list[Any]:
+        y = torch.nn.functional.layer_norm(x.t(), (3,))
+        z, _ = y.max(0)
+        x.add_(1)
+        return [(t.shape, t.stride(), t.dtype) for t in (y, z, y.half(), torch.cat([y, y]))]
+
+    with Remembered() as mode:
+        first, second = (both(torch.empty(3, 4, device="meta")) for _ in range(2))
+    assert first == second == both(torch.empty(3, 4))
+    assert mode.known
+    real = torch.ones(2)
+    with Remembered():
+        assert (real + real).tolist() == [2, 2]
