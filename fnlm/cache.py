@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fnlm.config import ModelConfig
 from fnlm.forward import reach
+
+_LINE = 64  # bytes; a vector that crosses no line of the processor's cache is read at once
 
 
 class KVCache(NamedTuple):
@@ -40,9 +44,18 @@ def init_cache(
     if not 0 < length <= cfg.seq_len:
         raise ValueError(f"a cache of {length} positions does not suit seq_len={cfg.seq_len}; choose 1 to seq_len")
     shape = (cfg.n_layers, batch, heads or cfg.kv_heads, length, cfg.head_dim)
-    k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")  # zeros: no NaN where nothing is seen
+    k, v = (_zeros(shape, dtype, torch.device(device)) for _ in "kv")  # zeros: no NaN where nothing is seen
     tokens = torch.zeros((batch, length if reach(cfg) else 0), dtype=torch.int64, device=device)
     return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), tokens)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU in pages that the system makes when they are written to, since few texts reach the end."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    raw = torch.from_numpy(np.zeros(size + _LINE, np.uint8))
+    return raw[-raw.data_ptr() % _LINE :][:size].view(dtype).view(shape)
 
 
 def picked(cache: KVCache, rows: Tensor) -> KVCache:
