@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import click
 
 from cli.eval import checkpoint_of
 from cli.merge import check
+from cli.results import must_be_file, write_whole
 from cli.tables import columns
 from fnlm import merging, trained
 from fnlm.merging import Distance
@@ -45,8 +45,8 @@ def command(
     most changed come first.
     """
     which: Which = "newest" if checkpoint == "newest" else "best"
-    if out and out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / 'diff.html'}")
+    if out:
+        must_be_file(out, "diff.html")
     models = [
         trained.load(checkpoint_of(name, checkpoint), which, average=not no_ema, dtype="saved") for name in (a, b)
     ]
@@ -54,7 +54,7 @@ def command(
     found = merging.distances(models[0].params, models[1].params)
     whole = found.pop("")
     if out:
-        write(out, changes(a, b, found, whole))
+        write_whole(out, changes(a, b, found, whole))
     order = sorted(found, key=lambda name: -found[name].relative)
     if as_json:
         rows = {name: plain(found[name]) for name in order}
@@ -77,14 +77,3 @@ def figures(one: Distance) -> list[str]:
 def plain(one: Distance) -> dict[str, Any]:
     """Fit for JSON: what is no finite number is null."""
     return {name: value if math.isfinite(value) else None for name, value in one._asdict().items()}
-
-
-def write(out: Path, page: str) -> None:
-    """The page, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(out)
-    finally:
-        beside.unlink(missing_ok=True)

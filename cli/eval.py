@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import click
-import torch
 
 from cli import bits
 from cli.measuring import Row, Wanted, needs_lm_eval, rows_of, tables
-from cli.results import interrupted, keep, write
+from cli.results import interrupted, keep, must_be_file, write
 from fnlm import trained
 from fnlm.checkpoint.layout import committed
 from fnlm.data import DataError
@@ -77,12 +77,18 @@ def command(
     what was measured until then.
     """
     wanted = Wanted(**options)
+    from cli.sample import device_of  # which takes what it needs from here
+
     check(models, wanted)
+    if all_checkpoints and checkpoint != "best":
+        raise click.UsageError("--all-checkpoints takes them all; leave --checkpoint out", click.get_current_context())
+    if out:
+        must_be_file(out, "results.json")
+    to = device_of(device)
     rows: list[Row] = []
-    with Stop(lambda line: click.echo(line, err=True), "showing what is measured so far") as stop:
+    with Stop(lambda line: click.echo(line, err=True), "showing what is measured so far") as stop, shown(rows, as_json):
         for name, at in chosen(models, checkpoint, all_checkpoints):
             which: Literal["newest", "best"] = "newest" if checkpoint == "newest" else "best"
-            to = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = trained.load(at, which, average=not no_ema, device=to)
             if quantize:
                 model = rounded(model, bits.BITS[quantize])
@@ -94,11 +100,22 @@ def command(
                 break
     if out:
         write(out, rows)
-    click.echo(json.dumps({"models": rows}, indent=2) if as_json else "\n".join(tables(rows)))
     if stop.signal is None:
         return 0
     click.echo(interrupted(rows, len(models)), err=True)
     return 128 + stop.signal
+
+
+@contextmanager
+def shown(rows: list[Row], as_json: bool) -> Iterator[None]:
+    """Prints what is measured at the end; after an error, where there is something."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if done or rows:
+            click.echo(json.dumps({"models": rows}, indent=2) if as_json else "\n".join(tables(rows)))
 
 
 def check(models: tuple[str, ...], wanted: Wanted) -> None:

@@ -45,10 +45,12 @@ def tokenizer_for(model: Foreign, name: str | None) -> Tokenizer:
     if name is None:
         return interop.read_tokenizer(model)
     kind, _, files = name.partition(":")
-    if kind == "char" and files:
+    if kind == "char":
+        if not files:
+            raise ValueError("--tokenizer char needs the text it was trained on: char:input.txt")
         found = tokenizers.train("char", [Path(files).read_bytes().decode("utf-8")])
     else:
-        made = kind in ("byte", "gpt2", "cl100k")
+        made = kind in ("byte", "gpt2", "cl100k") or not Path(name).exists()  # which says what is meant
         found = tokenizers.named(kind, files or None) if made else tokenizers.load(name)
     interop.check_tokenizer(found, model.cfg, model.source)
     return found

@@ -24,14 +24,23 @@ def about() -> dict[str, Any]:
     return {"measured": now, "fnlm": __version__, "torch": torch.__version__}
 
 
-def write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The figures as JSON, whole or not at all. ValueError for a folder."""
+def must_be_file(out: Path, name: str) -> None:
+    """ValueError where --out is a folder, with the `name` that a file in it might have."""
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / 'results.json'}")
+        raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / name}")
+
+
+def write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The figures as JSON."""
+    write_whole(out, json.dumps({**about(), "models": list(rows)}, indent=2) + "\n")
+
+
+def write_whole(out: Path, text: str) -> None:
+    """A file, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps({**about(), "models": list(rows)}, indent=2) + "\n", encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
         beside.replace(out)
     finally:
         beside.unlink(missing_ok=True)

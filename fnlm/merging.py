@@ -31,14 +31,14 @@ def average(trees: Sequence[Params], weights: Sequence[float] | None = None) -> 
     """The mean of several models' parameters (Wortsman et al. 2022, "Model soups"), weighted where weights are given.
 
     The weights are divided by their sum; sums are in float64, tensors of the first tree's dtype. ValueError where trees
-    differ in names or shapes, or the weights do not fit.
+    differ in names or shapes, the weights do not fit, or a number comes out that is not finite.
     """
     shares = _weights(trees, weights)
     total = sum(shares)
-    if not total > 0:
-        raise ValueError(f"the weights add up to {total:g}; their sum must be above 0")
+    if not 0 < total < math.inf:
+        raise ValueError(f"the weights add up to {total:g}; their sum must be above 0, and finite")
     _check(trees)
-    return {name: _sum(None, [t[name] for t in trees], [w / total for w in shares]) for name in trees[0]}
+    return {name: _sum(name, None, [t[name] for t in trees], [w / total for w in shares]) for name in trees[0]}
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def add_differences(base: Params, trees: Sequence[Params], weights: Sequence[flo
     """
     shares = _weights(trees, weights)
     _check([base, *trees])
-    return {name: _sum(base[name], [t[name] for t in trees], shares) for name in base}
+    return {name: _sum(name, base[name], [t[name] for t in trees], shares) for name in base}
 
 
 def _weights(trees: Sequence[Params], weights: Sequence[float] | None) -> list[float]:
@@ -72,7 +72,7 @@ def _check(trees: Sequence[Params]) -> None:
                 raise ValueError(f"{name} is {first.get(name)} in the first tree and {other.get(name)} in tree {i + 1}")
 
 
-def _sum(base: Tensor | None, values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _sum(name: str, base: Tensor | None, values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """base + sum of w (value - base), or the plain sum of w value, in the dtype of the first."""
     first = values[0] if base is None else base
     if not first.is_floating_point():
@@ -81,32 +81,50 @@ def _sum(base: Tensor | None, values: Sequence[Tensor], weights: Sequence[float]
     out = start.clone()
     for value, weight in zip(values, weights, strict=True):
         out += weight * (value.double() if base is None else value.double() - start)
-    return out.to(first.dtype)
+    made = out.to(first.dtype)
+    if not bool(made.isfinite().all()):
+        raise ValueError(f"{name} would have numbers that are not finite; choose smaller weights, or other models")
+    return made
+
+
+class _Sums(NamedTuple):
+    """Of a and b: the squares of b - a, a and b, their product, and the largest |b - a|."""
+
+    change: float
+    a: float
+    b: float
+    dot: float
+    largest: float
+
+
+def _sums(a: Tensor, b: Tensor) -> _Sums:
+    a, b = a.double().flatten(), b.double().flatten()
+    change = b - a
+    largest = float(change.abs().max()) if len(a) else 0.0
+    return _Sums(float(change @ change), float(a @ a), float(b @ b), float(a @ b), largest)
+
+
+def _told(sums: _Sums) -> Distance:
+    relative = math.sqrt(sums.change / sums.a) if sums.a else math.inf if sums.change else 0.0
+    cosine = sums.dot / math.sqrt(sums.a) / math.sqrt(sums.b) if sums.a and sums.b else math.nan
+    return Distance(relative, sums.largest, cosine)
 
 
 @torch.no_grad()
 def distance(a: Tensor, b: Tensor) -> Distance:
     """How far b lies from a, computed in float64."""
-    a, b = a.double().flatten(), b.double().flatten()
-    change = b - a
-    norms = [float(x.norm()) for x in (change, a, b)]
-    relative = norms[0] / norms[1] if norms[1] else math.inf if norms[0] else 0.0
-    cosine = float(a @ b) / (norms[1] * norms[2]) if norms[1] and norms[2] else math.nan
-    return Distance(relative, float(change.abs().max()) if len(a) else 0.0, cosine)
+    return _told(_sums(a, b))
 
 
+@torch.no_grad()
 def distances(a: Params, b: Params) -> dict[str, Distance]:
     """Of each parameter, and under "" of all of them as one. ValueError where names or shapes differ."""
     _check([a, b])
-    found = {name: distance(a[name], b[name]) for name in a}
-    total, change, dot, other = 0.0, 0.0, 0.0, 0.0
-    for name in a:
-        x, y = a[name].double(), b[name].double()
-        total, other = total + float(x.square().sum()), other + float(y.square().sum())
-        change, dot = change + float((y - x).square().sum()), dot + float((x * y).sum())
-    relative = math.sqrt(change / total) if total else math.inf if change else 0.0
-    cosine = dot / math.sqrt(total * other) if total and other else math.nan
-    return {"": Distance(relative, max((d.max_abs for d in found.values()), default=0.0), cosine), **found}
+    found = {name: _sums(a[name], b[name]) for name in a}
+    each = found.values()
+    squares = (sum(s.change for s in each), sum(s.a for s in each), sum(s.b for s in each))
+    whole = _Sums(*squares, sum(s.dot for s in each), max((s.largest for s in each), default=0.0))
+    return {name: _told(sums) for name, sums in {"": whole, **found}.items()}
 
 
 def differing(a: ModelConfig, b: ModelConfig) -> list[str]:

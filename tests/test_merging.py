@@ -51,11 +51,21 @@ def test_inputs_stay() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "says"),
-    [([1.0], "1 weights do not suit 3 models"), ([1, -1, 0], "sum must be above 0"), ([1, 1, math.nan], "finite")],
+    [
+        ([1.0], "1 weights do not suit 3 models"),
+        ([1, -1, 0], "sum must be above 0"),
+        ([1, 1, math.nan], "finite"),
+        ([1e308, 1e308, 1.0], "add up to inf"),
+    ],
 )
 def test_weights_that_do_not_fit(weights: list[float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         average(TREES, weights)
+
+
+def test_what_comes_of_it_is_finite() -> None:
+    with pytest.raises(ValueError, match=r"embed\.tokens\.weight would have numbers that are not finite"):
+        add_differences(TREES[0], TREES[1:], [1e300, 1.0])
 
 
 def test_trees_of_another_shape() -> None:

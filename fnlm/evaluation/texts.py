@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fnlm.data import DataError, Split
-from fnlm.data.sources import Piece, find, pieces
+from fnlm.data.encode import grouped
+from fnlm.data.inputs import kind_of
+from fnlm.data.sources import TOKENS, Piece, find, pieces
 from fnlm.generate import beginning
 from fnlm.tokenizers import Tokenizer
 
 BLOCK = 1 << 16
-CHARACTERS = 1 << 20
 
 
 class Text(NamedTuple):
@@ -35,38 +36,36 @@ def read_text(paths: Sequence[str], tokenizer: Tokenizer) -> Text:
     Raises DataError for files that cannot be read or encoded, FileNotFoundError for none.
     """
     files = find(paths)
-    return text_of(pieces(files), tokenizer, str(files[0]) if len(files) == 1 else ", ".join(paths))
+    where = str(files[0]) if len(files) == 1 else ", ".join(paths)
+    if any(file.suffix in TOKENS for file in files):
+        raise DataError(f"{where} holds tokens; name the folder that 'fnlm prepare' makes of them")
+    try:
+        return text_of(pieces(files), tokenizer, where)
+    except DataError as error:
+        if kind_of(files) != "chat":
+            raise
+        raise DataError(f"{where} holds conversations; prepare them, with --tokenizer of the model") from error
 
 
 def text_of(documents: Iterable[Piece], tokenizer: Tokenizer, where: str = "the text") -> Text:
     """Documents, each in one piece or several, as one row of tokens. DataError, naming `where`, for none."""
     begin = np.array(beginning(tokenizer), np.uint32)
-    nothing, one = np.zeros(len(begin), np.uint8), np.ones(1, np.uint8)
+    nothing = np.zeros(len(begin), np.uint8)
     ids, mask, words, size, count, inside = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint8)], 0, 0, 0, False
-    for group in _groups(documents):
+    for group in grouped(documents, lambda piece: len(piece.text)):
         try:
             encoded = tokenizer.encode_arrays([piece.text for piece in group])
         except ValueError as error:
             raise DataError(f"{where}: {error}") from error
         for piece, own in zip(group, encoded, strict=True):
             ids += [begin, own] if piece.first else [own]
-            mask += [nothing, one.repeat(len(own))] if piece.first else [one.repeat(len(own))]
+            counted = np.ones(len(own), np.uint8)
+            mask += [nothing, counted] if piece.first else [counted]
             more, inside = _begun(piece.text, inside and not piece.first)
             words, size, count = words + more, size + len(piece.text.encode("utf-8")), count + piece.first
     if not size:
         raise DataError(f"there is no text in {where}")
     return Text(Split(np.concatenate(ids), np.concatenate(mask), count, size), words)
-
-
-def _groups(documents: Iterable[Piece]) -> Iterator[list[Piece]]:
-    group: list[Piece] = []
-    for piece in documents:
-        group.append(piece)
-        if sum(len(p.text) for p in group[-8:]) > CHARACTERS or len(group) >= BLOCK >> 6:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def words_of(split: Split, tokenizer: Tokenizer) -> int:

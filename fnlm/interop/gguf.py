@@ -131,7 +131,8 @@ def read(path: Path) -> Foreign:
         with path.open("rb") as file:
             about, tensors = _header(file, path)
     except (struct.error, UnicodeDecodeError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: its header cannot be read ({type(error).__name__})") from error
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is damaged: its header cannot be read ({what})") from error
     cfg = _config(Described(about, path), tensors)
     ignored = {"output.weight"} if cfg.tied else set()
     kept = {name: t for name, t in tensors.items() if name not in ignored}

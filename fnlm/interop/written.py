@@ -51,6 +51,8 @@ def must_be_free(out: Path, force: bool, is_own: Callable[[Path], bool], otherwi
 
     Only what is recognised as such an output is replaced, whoever asks; `otherwise` ends the line for anything else.
     """
+    if out.name in ("", ".."):
+        raise CheckpointError(f"--out {out} has no name of its own; choose one such as runs/NAME")
     if not out.exists() or (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
         return
     if not force:

@@ -78,6 +78,7 @@ MISTAKES = [
     ("import runs/tiny", BAD, r"runs/tiny is fnlm's own, .*"),
     ("export --to gguff none", USAGE, r".*'gguff' is not .*"),
     ("export runs/tiny --out runs/tiny --force", BAD, r"runs/tiny holds what no export has written; .*"),
+    ("export runs/tiny --out ..", BAD, r"--out \.\. has no name of its own; choose one such as runs/NAME"),
     ("import none", BAD, r"there is no none.*"),
     ("import data/tale", BAD, r"data/tale has no config\.json.*"),
     ("import empty.txt", BAD, r"empty\.txt is no model.*"),
@@ -161,6 +162,11 @@ MISTAKES = [
     ("eval runs/tiny --data tale.txt --split train", USAGE, r"--split is of prepared data, and tale\.txt is text; .*"),
     ("eval runs/tiny --data latin1.txt", BAD, r"latin1\.txt: byte 1 is not UTF-8 .*"),
     ("eval runs/tiny --data empty.txt", BAD, r"empty\.txt is empty"),
+    ("eval runs/tiny --data data/tale/train.bin", BAD, r"data/tale/train\.bin holds tokens; name the folder .*"),
+    ("eval runs/tiny --data silent.jsonl", BAD, r"silent\.jsonl holds conversations; prepare them, .*"),
+    ("eval runs/tiny --device tpu", USAGE, r"--device tpu is not there; choose cpu.*"),
+    ("eval runs/tiny --out data", USAGE, r"--out data is a folder; name a file in it, such as data/results\.json"),
+    ("eval runs/tiny --all-checkpoints --checkpoint 2", USAGE, r"--all-checkpoints takes them all; .*"),
     ("eval runs/tiny --data runs/empty", BAD, r"runs/empty has no file that ends in .*"),
     ("eval runs/tiny --shots 2", USAGE, r"--task-folder and --shots are for --tasks; .*"),
     ("eval runs/tiny --lambada none.jsonl", BAD, r"there is no file none\.jsonl"),
@@ -171,6 +177,8 @@ MISTAKES = [
     ("merge runs/tiny", USAGE, r"name the run that comes of it: --out FOLDER.*"),
     ("merge runs/tiny --out runs/x --weights 1,2", USAGE, r"--weights 1,2 are 2, the models 1; give one for each"),
     ("merge runs/tiny --out runs/x --weights one", USAGE, r"--weights one are not numbers with commas between them"),
+    ("merge runs/tiny runs/tiny --out runs/x --weights 1e308,1e308", USAGE, r"the weights add up to inf; .*"),
+    ("merge runs/tiny --out runs/x --base runs/torn", BAD, r".*runs/torn.*"),
     ("merge runs/tny --out runs/x", BAD, r"there is no runs/tny; did you mean 'tiny'\?"),
     ("merge runs/tiny --out runs/tiny --force", USAGE, r"--out runs/tiny holds a model that is merged; .*"),
     ("merge runs/tiny --out data/tale --force", BAD, r"data/tale is no run, and is not replaced; .*"),
@@ -267,6 +275,12 @@ def test_a_mistake_is_one_line_and_a_code(
         cli.main(words.split(" "))  # two spaces, or one at the end: an empty word
     line = the_error(left.value.code, code, *capfd.readouterr())
     assert re.fullmatch(says, line), line
+
+
+@pytest.mark.parametrize(("name", "says"), [("gtp2", "did you mean 'gpt2'"), ("char:", "the text it was trained on")])
+def test_a_tokenizer_that_an_import_cannot_have(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        importlib.import_module("cli.import").tokenizer_for(None, name)
 
 
 def test_every_command_has_mistakes() -> None:

@@ -55,6 +55,13 @@ def figures(*words: str) -> list[dict[str, Any]]:
     return found
 
 
+def test_what_was_measured_before_a_mistake_is_shown() -> None:
+    result = fnlm("eval", "runs/one", "runs/none", "--json", "--out", "results.json")
+    assert result.exit_code == 4 and "there is no runs/none" in result.stderr
+    assert [row["model"] for row in json.loads(result.stdout)["models"]] == ["runs/one"]
+    assert fnlm("eval", "runs/none").stdout == ""
+
+
 def test_the_figures_are_those_of_evaluate() -> None:
     (row,) = figures("runs/one")
     cfg, params, _ = checkpoint.load_params("runs/one/checkpoints/00000010")
