@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fnlm.config import ModelConfig
 from fnlm.forward import reach
 
-_LINE = 64  # bytes; a vector that crosses no line of the processor's cache is read at once
+_LARGE = 1 << 20  # bytes
 
 
 class KVCache(NamedTuple):
@@ -50,12 +51,15 @@ def init_cache(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU in pages that the system makes when they are written to, since few texts reach the end."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+    """Zeros; large ones on a CPU in pages that the system makes when they are written to: few texts reach the end."""
     size = math.prod(shape) * dtype.itemsize
-    raw = torch.from_numpy(np.zeros(size + _LINE, np.uint8))
-    return raw[-raw.data_ptr() % _LINE :][:size].view(dtype).view(shape)
+    if device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel that has no large pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def picked(cache: KVCache, rows: Tensor) -> KVCache:

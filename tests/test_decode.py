@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,3 +204,17 @@ def test_errors() -> None:
     for call, says in wrong:
         with pytest.raises(ValueError, match=re.escape(says)):
             call()
+
+
+def test_a_large_cache_is_zeros_that_cost_no_memory_yet() -> None:
+    cfg = fnlm.ModelConfig(vocab_size=11, n_layers=4, n_heads=4, d_model=256, seq_len=4096)
+    status = Path("/proc/self/statm")
+    before = int(status.read_text().split()[1]) if status.exists() else 0
+    cache = init_cache(cfg, 8, dtype=torch.bfloat16)  # 128 MiB
+    if status.exists():
+        assert int(status.read_text().split()[1]) - before < 4096  # pages
+    cache.k[:, 3, :, 7] = 1
+    assert cache.k.data_ptr() % 64 == cache.v.data_ptr() % 64 == 0
+    assert (cache.k.shape, cache.k.is_contiguous()) == ((4, 8, 4, 4096, 64), True)
+    assert float(cache.k.sum(dtype=torch.float32)) == 4 * 4 * 64
+    assert not cache.v[:, :2, :, :50].any()
