@@ -154,7 +154,8 @@ def asked(model: Trained, count: int) -> Row:
     from fnlm.sampling import Settings
 
     began, questions = time.perf_counter(), world.questions(SEED, count)
-    prompts = [data.prompt(model.tokenizer, q.messages) for q in questions]
+    dialogue = model.dialogue
+    prompts = [dialogue.prompt(q.messages) for q in questions]
     settings = Settings(temperature=0.0, max_tokens=ANSWER_TOKENS)
     answers = [""] * count
     # Rows of about one length: a batch is as long as its longest prompt.
@@ -162,7 +163,7 @@ def asked(model: Trained, count: int) -> Row:
     for at in range(0, count, TOGETHER):
         some = order[at : at + TOGETHER]
         said = complete(
-            model.params, model.cfg, model.tokenizer, [prompts[i] for i in some], settings, random.key(0), chat=True
+            model.params, model.cfg, model.tokenizer, [prompts[i] for i in some], settings, random.key(0), dialogue
         )
         for i, answer in zip(some, said, strict=True):
             answers[i] = answer.text

@@ -18,7 +18,7 @@ from fnlm.params import cast
 from fnlm.trained import Trained, Which
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KEPT = ("preset", "data", "interop")  # of the config of the first model
+KEPT = ("preset", "data", "template", "interop")  # of the config of the first model
 
 
 @click.command()

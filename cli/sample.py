@@ -18,7 +18,7 @@ from cli.eval import checkpoint_of
 from fnlm import random, trained
 from fnlm.data import DataError
 from fnlm.decode import prepare
-from fnlm.generate import Generation, beginning, complete, encoded, stream
+from fnlm.generate import Generation, beginning, complete, encoded, stream, turns_of
 from fnlm.sampling import Settings
 from fnlm.tokens import SINKS
 from fnlm.trained import Trained, Which
@@ -95,15 +95,16 @@ def command(
     at = checkpoint_of(model, checkpoint)
     which: Which = "newest" if checkpoint == "newest" else "best"
     found = trained.load(at, which, average=not no_ema, device=to, dtype=DTYPES[precision])
-    asked = prompts_of(found, texts, found.is_chat if chat is None else chat, slide)
+    chat = found.is_chat if chat is None else chat
+    settings = turns_of(settings, found.dialogue) if chat else settings
+    asked = prompts_of(found, texts, chat, slide)
     begin = speculation.begin_of(speculate, to, lambda _: DTYPES[precision], found.tokenizer)
     how: dict[str, Any] = {"draft": begin, "slide": slide, "keep": SINKS if keep is None else keep}
     if to == "cpu" and sum(p.numel() for p in found.params.values()) < SMALL:
         torch.set_num_threads(1)
     start = time.perf_counter()
     rows = [prompt for prompt in asked for _ in range(num_samples)]
-    echo = not (found.is_chat if chat is None else chat)
-    made = samples(found, rows, settings, show=not as_json, echo=echo, how=how)
+    made = samples(found, rows, settings, show=not as_json, echo=not chat, how=how)
     seconds = time.perf_counter() - start
     if as_json:
         click.echo(json.dumps(report(found, model, rows, made, settings, seconds), indent=2))
@@ -160,7 +161,7 @@ def prompts_of(found: Trained, texts: Sequence[str], chat: bool, slide: bool = F
     """The ids of the prompts; the beginning of a document without any. Raises ValueError for those that do not fit."""
     if chat and not all(text.strip() for text in texts or [""]):
         raise ValueError("what to say to it? give --prompt TEXT, or --plain for text that begins by itself")
-    asked = [Prompt(text, encoded(found.tokenizer, text, chat)) for text in texts]
+    asked = [Prompt(text, encoded(found.tokenizer, text, chat and found.dialogue)) for text in texts]
     for prompt in asked:
         if len(prompt.ids) >= found.cfg.seq_len and not slide:
             raise ValueError(

@@ -33,6 +33,7 @@ from webui.checkpoints import NEWEST
 from webui.engine import Engine
 from webui.follow import Runs
 from webui.models import About, Models, Precision, dtype_of
+from webui.openai import MOST_TOKENS
 
 FLUSH = 2.0  # seconds for clients to take the end of their replies
 SPARE_THREADS = 8  # for the page and the lists while every stream is taken
@@ -46,6 +47,9 @@ SPARE_THREADS = 8  # for the page and the lists while every stream is taken
 @click.option("--api-key", metavar="KEY", envvar="FNLM_API_KEY", help="Ask for this key. [env: FNLM_API_KEY]")
 @click.option("--open/--no-open", "open_", default=None, help="Open the page in a browser. [default: on a desktop]")
 @click.option("--max-streams", default=32, show_default=True, type=click.IntRange(1, 512), help="Replies at once.")
+@click.option(
+    "--max-tokens", default=16384, show_default=True, type=click.IntRange(1, MOST_TOKENS), help="Of a text that slides."
+)
 @click.option("--precision", default="auto", type=click.Choice(["auto", "fp32", "bf16"]), help="Of the parameters.")
 @bits.option("Matrices in int8 (or int4): a half (a quarter) of bf16, for speed and large models on a CPU.")
 @speculation.option
@@ -62,6 +66,7 @@ def command(
     api_key: str | None,
     open_: bool | None,
     max_streams: int,
+    max_tokens: int,
     precision: Precision,
     quantize: bits.Quantized | None,
     speculate: str | None,
@@ -85,7 +90,7 @@ def command(
     if not about and follow is None:
         raise CheckpointError(f"{' '.join(map(str, models.folders))} holds no model; train one with 'fnlm train' first")
     draft = speculation.drafting(speculate, models.device, lambda n: dtype_of(precision, models.device, n))
-    engine = Engine(models, streams=max_streams, draft=draft)
+    engine = Engine(models, streams=max_streams, draft=draft, most_tokens=max_tokens)
     place = bound(host, port)
     runs = Runs(models, follow)
     app = create_app(engine, api_key or None, is_loopback(host), runs)

@@ -150,8 +150,10 @@ def initial(model: Trained, settings: Settings, partial: bool) -> Params:
 
 
 def described(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any]:
-    """The run's config.json."""
+    """The run's config.json. `template`: how the conversations that it is trained on are written, None: as ChatML."""
     tokenizer = dataset.manifest["tokenizer"]
+    if dataset.manifest["kind"] == "chat":
+        more = {"template": dataset.manifest.get("template"), **more}
     return loop.described(
         settings, data=str(dataset.folder), data_sha256=fingerprint(dataset), kind=dataset.manifest["kind"],
         tokenizer=tokenizer, **more, fnlm=__version__,

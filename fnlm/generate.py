@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
 from fnlm import random
 from fnlm.config import ModelConfig
-from fnlm.data import prompt as chat_prompt
+from fnlm.data import Dialogue
 from fnlm.decode import Prepared, prepare
 from fnlm.sampling import Settings
 from fnlm.speculate import Begin, drafted
@@ -18,7 +19,19 @@ from fnlm.tokenizers.plain import Char
 from fnlm.tokens import SINKS, Limits, Token, slid, steps
 from fnlm.types import Key, Params
 
-__all__ = ["Finish", "Generation", "Text", "Token", "beginning", "complete", "encoded", "end_ids", "generate", "stream"]
+__all__ = [
+    "Finish",
+    "Generation",
+    "Text",
+    "Token",
+    "beginning",
+    "complete",
+    "encoded",
+    "end_ids",
+    "generate",
+    "stream",
+    "turns_of",
+]
 
 Finish: TypeAlias = Literal["stop", "length", "cancelled"]
 
@@ -216,7 +229,7 @@ def complete(
     prompts: Sequence[str] | Sequence[Sequence[int]],
     settings: Settings,
     key: Key,
-    chat: bool = False,
+    chat: bool | Dialogue = False,
     *,
     cancelled: Callable[[], bool] = never,
     draft: Begin | None = None,
@@ -225,8 +238,9 @@ def complete(
 ) -> list[Generation]:
     """The texts after several prompts, made together; the first is what `stream` says of it with the same key.
 
-    Prompts are texts (`chat`: each the first message of a user) or ids.
+    Prompts are texts (`chat`: each the first message of a user, as a Dialogue writes it, else as ChatML) or ids.
     """
+    settings = turns_of(settings, chat) if isinstance(chat, Dialogue) else settings
     ids = [encoded(tokenizer, p, chat) if isinstance(p, str) else p for p in prompts]
     texts = [Text(tokenizer, p, settings.stop) for p in ids]
     for tokens in generate(
@@ -241,8 +255,9 @@ def complete(
     return [text.generation for text in texts]
 
 
-def encoded(tokenizer: Tokenizer, text: str, chat: bool = False) -> list[int]:
-    """The ids of a prompt; `chat`: of a user's message, up to the reply. An empty text begins a document.
+def encoded(tokenizer: Tokenizer, text: str, chat: bool | Dialogue = False) -> list[int]:
+    """The ids of a prompt; `chat`: of a user's message, up to the reply, as a Dialogue writes it, else as ChatML. An
+    empty text begins a document.
 
     ValueError for characters that the tokenizer does not know, with all of them.
     """
@@ -253,7 +268,8 @@ def encoded(tokenizer: Tokenizer, text: str, chat: bool = False) -> list[int]:
             known = len(tokenizer.characters)
             raise ValueError(f"the model's tokenizer knows {known} characters, but not {some}; leave them out")
     if chat:
-        return chat_prompt(tokenizer, [{"role": "user", "content": text}])
+        dialogue = chat if isinstance(chat, Dialogue) else Dialogue(tokenizer)
+        return dialogue.prompt([{"role": "user", "content": text}])
     return [*tokenizer.prefix, *tokenizer.encode(text)] or beginning(tokenizer)
 
 
@@ -264,6 +280,12 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
     if tokenizer.eot_id is not None:
         return [tokenizer.eot_id]
     return [tokenizer.table.index(b"\n") if b"\n" in tokenizer.table else 0]
+
+
+def turns_of(settings: Settings, dialogue: Dialogue) -> Settings:
+    """The settings, with what ends a turn of these conversations."""
+    ids = (*settings.stop_ids, *sorted(dialogue.ends.difference(settings.stop_ids)))
+    return replace(settings, stop_ids=ids, stop=(*settings.stop, *dialogue.stop))
 
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -4,6 +4,7 @@ folder that other software wrote.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch
 from fnlm import checkpoint, interop, lora, tokenizers
 from fnlm.checkpoint import CheckpointError
 from fnlm.config import ModelConfig, did_you_mean
+from fnlm.data import Dialogue, dialogue_of, is_chat
 from fnlm.tokenizers import Tokenizer
 from fnlm.trainable import lora_scale
 from fnlm.types import Params
 
 Which = Literal["best", "newest"]
+SHOWN = 5  # folders that a message names
 
 
 class Trained(NamedTuple):
@@ -37,8 +40,13 @@ class Trained(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether it was last trained on conversations."""
-        return bool(self.config.get("kind") == "chat")
+        """Whether it was last trained on conversations, here or, by its chat template, elsewhere."""
+        return is_chat(self.config, self.tokenizer)
+
+    @property
+    def dialogue(self) -> Dialogue:
+        """How its conversations are written."""
+        return dialogue_of(self.config, self.tokenizer)
 
 
 class Adapters(NamedTuple):
@@ -138,9 +146,8 @@ def locate(path: str | Path, which: Which = "best") -> Path:
     if (elsewhere := interop.find(path)) is not None:
         return elsewhere
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        near = did_you_mean(path.name, siblings) if siblings else ""
-        raise CheckpointError(f"there is no {path}{near}")
+        siblings = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
+        raise CheckpointError(f"there is no {path}{_nearest(path.name, siblings)}")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     marked = checkpoint.best(folder) if which == "best" else None
     if marked is not None:
@@ -150,6 +157,15 @@ def locate(path: str | Path, which: Which = "best") -> Path:
         except CheckpointError:  # damaged since it was marked: the newest good one is said by `resolve`
             pass
     return checkpoint.resolve(path, "params")
+
+
+def _nearest(name: str, siblings: list[str]) -> str:
+    """The folders that may have been meant: the one that is nearly called so, all of a few, or the nearest of many."""
+    near = did_you_mean(name, siblings) if siblings else ""
+    if len(siblings) <= SHOWN or "did you mean" in near:
+        return near
+    some = difflib.get_close_matches(name, siblings, SHOWN, 0.0)
+    return f"; choose from the {len(siblings)} folders there, such as {', '.join(some)}"
 
 
 def find(folder: str | Path) -> list[Found]:

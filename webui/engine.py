@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class Engine:
     """Writes at most `streams` replies at once, and lets at most `waiting` more (default: as many) wait for a place.
 
-    `draft`: how replies are speculated, each by itself.
+    `draft`: how replies are speculated, each by itself. `most_tokens`: of a reply that slides past its context.
     """
 
     def __init__(
@@ -44,8 +44,9 @@ class Engine:
         waiting: int | None = None,
         batch: MakeBatch = Batch,
         draft: Drafting | None = None,
+        most_tokens: int | None = None,
     ):
-        self.models, self.streams = models, streams
+        self.models, self.streams, self.most_tokens = models, streams, most_tokens
         self.most_waiting = streams if waiting is None else waiting
         self.metrics = Metrics()
         self._make, self._draft, self._threads = batch, draft, torch.get_num_threads()
@@ -76,7 +77,7 @@ class Engine:
         queue has no room for all of them, Stopped after `stop`."""
         ticket = Ticket()
         self._room(0)  # before long prompts are read for nothing
-        replies = [read(job, self._reader(job.model), ticket, i) for i, job in enumerate(jobs)]
+        replies = [read(job, self._reader(job.model), ticket, i, self.most_tokens) for i, job in enumerate(jobs)]
         with self._change:
             self._room(len(replies))
             self._waiting.extend(replies)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from fnlm.generate import turns_of
 from fnlm.sampling import Settings
 from fnlm.tokens import SINKS
 from webui.guesses import Guess
@@ -137,8 +138,9 @@ class Reply:
         self.ticket.put(Event(self.index, kind, value))
 
 
-def read(job: Job, reader: Reader, ticket: Ticket, index: int) -> Reply:
-    """A job's prompt as ids and its settings as they will hold. Raises Refused."""
+def read(job: Job, reader: Reader, ticket: Ticket, index: int, most: int | None = None) -> Reply:
+    """A job's prompt as ids and its settings as they will hold; `most`: tokens of a text that slides. Raises
+    Refused."""
     field_name = "prompt" if job.messages is None else "messages"
     try:
         if job.messages is None:
@@ -146,7 +148,10 @@ def read(job: Job, reader: Reader, ticket: Ticket, index: int) -> Reply:
         else:
             ids, dropped = chat_ids(reader, job.messages, job.settings.get("max_tokens"))
         keep = kept(reader, job) if job.slide else None
-        return Reply(job, ticket, index, ids, dropped, within(job.settings, reader, len(ids), job.slide), keep)
+        settings = within(job.settings, reader, len(ids), job.slide, most)
+        if job.messages is not None:
+            settings = turns_of(settings, reader.dialogue)
+        return Reply(job, ticket, index, ids, dropped, settings, keep)
     except Refused:
         raise
     except TooLong as error:
@@ -165,12 +170,18 @@ def kept(reader: Reader, job: Job) -> int:
     return min(most, SINKS + instructions(reader, job.messages or [])) if job.keep is None else job.keep
 
 
-def within(settings: dict[str, Any], reader: Reader, length: int, slide: bool = False) -> Settings:
-    """The settings, with as many tokens as the context still has room for at most, unless it slides. Raises Refused."""
+def within(
+    settings: dict[str, Any], reader: Reader, length: int, slide: bool = False, limit: int | None = None
+) -> Settings:
+    """The settings, with as many tokens as the context still has room for at most, or, of a text that slides, `limit`.
+    Raises Refused."""
     size, settings = reader.tokenizer.vocab_size, dict(settings)
-    most = settings.get("max_tokens") or reader.context
+    most = settings.get("max_tokens") or min(reader.context, limit or reader.context)
     if not slide:
         most = min(most, reader.context - length)
+    elif limit is not None and most > limit:
+        message = f"max_tokens={most} is more than the {limit} that this server writes of a text that slides"
+        raise Refused(Failure(f"{message}; ask for {limit} at most", "max_tokens"))
     least = min(settings.get("min_tokens", 0), most)
     if settings.get("top_k"):
         settings["top_k"] = min(settings["top_k"], size)

@@ -19,6 +19,7 @@ import torch
 from fnlm import checkpoint, environment, interop, params, tokenizers, trained
 from fnlm.checkpoint import layout
 from fnlm.config import ModelConfig
+from fnlm.data import Dialogue, dialogue_of, is_chat
 from fnlm.decode import Prepared, prepare
 from fnlm.lora import is_adapter
 from fnlm.machine import has_fast_bf16
@@ -56,6 +57,7 @@ class Reader(NamedTuple):
 
     tokenizer: Tokenizer
     context: int
+    dialogue: Dialogue
 
 
 class Loaded(NamedTuple):
@@ -213,10 +215,11 @@ def read(path: Path) -> Reader:
     """A model's tokenizer and context. Raises CheckpointError where they cannot be read."""
     if interop.is_foreign(path):
         model = interop.read(path)
-        return Reader(interop.read_tokenizer(model), model.cfg.seq_len)
+        tokenizer = interop.read_tokenizer(model)
+        return Reader(tokenizer, model.cfg.seq_len, dialogue_of(interop.described(model, tokenizer), tokenizer))
     at = trained.locate(path)
-    config = json.loads((at / layout.CONFIG).read_text(encoding="utf-8"))
-    return Reader(tokenizers.load(at), int(config["model"]["seq_len"]))
+    config, tokenizer = json.loads((at / layout.CONFIG).read_text(encoding="utf-8")), tokenizers.load(at)
+    return Reader(tokenizer, int(config["model"]["seq_len"]), dialogue_of(config, tokenizer))
 
 
 def search(folders: Sequence[Path]) -> dict[str, Path]:
@@ -267,14 +270,16 @@ def describe(name: str, path: Path) -> About:
     loss = next((extra[k] for k in ("val_loss", "loss") if isinstance(extra.get(k), (int, float))), None)
     saved = int((at / layout.COMMITTED).stat().st_mtime)
     context = config["model"]["seq_len"]
-    kind = kind_of(config.get("kind") == "chat")
+    came = config.get("interop", {}).get("template") is not None
+    kind = kind_of(config.get("kind") == "chat" or (came and is_chat(config, tokenizers.load(at))))
     return About(name, kind, sum(sizes), tree["step"], loss, context, saved)
 
 
 def _foreign(name: str, path: Path) -> About:
     """The same of a model that other software wrote. Raises CheckpointError for one that cannot be read."""
     model = interop.read(path)
-    chat = interop.speaks_chatml(model, interop.read_tokenizer(model))
+    tokenizer = interop.read_tokenizer(model)
+    chat = is_chat(interop.described(model, tokenizer), tokenizer)
     saved = int(path.stat().st_mtime)
     return About(name, kind_of(chat), params.count(model.cfg), 0, None, model.cfg.seq_len, saved)
 

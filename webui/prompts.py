@@ -41,12 +41,14 @@ def chat_ids(model: Reader, messages: Messages, reply: int | None = None) -> tup
 
     Kept are the instructions at its beginning and, with room for an answer (an eighth of the context, or `reply` tokens
     if those are fewer), the newest messages, beginning with one of the user's. Raises TooLong where the last alone
-    does not fit.
+    does not fit, ValueError for a conversation that the model's chat template refuses.
     """
     _refuse_hopeless(model, messages[-1]["content"], "last message")
     room = model.context - max(1, min(reply or model.context, model.context // 8))
-    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    first = _instructions(messages)
     system, turns = messages[:first], messages[first:]
+    if model.dialogue.text is not None:
+        return _by_template(model, system, turns, room)
     starts = [i for i, m in enumerate(turns) if m["role"] == "user" or i == len(turns) - 1] or [0]
     starts = sorted({0, *starts})
     sizes = [*_sizes(model, system), *_sizes(model, turns)]
@@ -57,16 +59,50 @@ def chat_ids(model: Reader, messages: Messages, reply: int | None = None) -> tup
             return data.prompt(model.tokenizer, [*system, *turns[start:]]), start
     if needed < model.context:  # the last message fits, though the answer will be short
         return data.prompt(model.tokenizer, [*system, *turns[starts[-1] :]]), starts[-1]
-    raise TooLong(
+    raise _too_long(model, needed)
+
+
+def _by_template(model: Reader, system: Messages, turns: Messages, room: int) -> tuple[list[int], int]:
+    """The same by the model's own template, which may say more or less for one turn than for another: what is kept is
+    found by halves, and nothing is read of which the bytes alone show that it does not fit."""
+    model.dialogue.check([*system, *turns])
+    users = [i for i, m in enumerate(turns) if m["role"] == "user"]
+    starts = [0, *(i for i in users if i)]
+    least = [_least(model, m["content"]) for m in turns]
+    low = next((i for i, start in enumerate(starts) if sum(least[start:]) <= room), len(starts) - 1)
+    high, found, tried = len(starts) - 1, list[int](), low
+    while low < high or not found:
+        ids = model.dialogue.prompt([*system, *turns[starts[tried] :]])
+        if len(ids) <= room or tried == len(starts) - 1:
+            found, high = ids, tried
+        else:
+            low = tried + 1
+        tried = (low + high) // 2
+    if len(found) >= model.context:
+        raise _too_long(model, len(found))
+    return found, starts[high]
+
+
+def _too_long(model: Reader, needed: int) -> TooLong:
+    return TooLong(
         f"the last message needs {needed} tokens with the instructions before it; the model reads at most "
         f"{model.context - 1}, so shorten it"
     )
 
 
 def instructions(model: Reader, messages: Messages) -> int:
-    """How many tokens the instructions at a conversation's beginning have."""
-    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
-    return sum(_sizes(model, messages[:first]))
+    """How many tokens the instructions at a conversation's beginning have; with a template, what stands before the
+    user's first words."""
+    first = messages[: _instructions(messages)]
+    if model.dialogue.text is None:
+        return sum(_sizes(model, first))
+    one, other = (model.dialogue.prompt([*first, {"role": "user", "content": c}]) for c in "ab")
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+
+
+def _instructions(messages: Messages) -> int:
+    """How many messages of the system a conversation begins with."""
+    return next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
 
 
 def _refuse_hopeless(model: Reader, text: str, what: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, jsonify
 
-from fnlm import data
 from webui import openai
 from webui.completions import body_of
 from webui.engine import Engine
@@ -30,14 +29,15 @@ def routes(engine: Engine) -> Blueprint:
     def tokenize() -> Response:
         """{model, text | messages} -> {tokens: [{id, text, special}], count}."""
         body = body_of()
-        tokenizer, given = reader_of(body).tokenizer, openai.text_or_messages(body)
+        reader, given = reader_of(body), openai.text_or_messages(body)
+        tokenizer = reader.tokenizer
         if (len(given) if isinstance(given, str) else sum(len(m["content"]) for m in given)) > MOST_TEXT:
             raise ApiError(400, f"the text has more than {MOST_TEXT:,} characters", "text")
         if isinstance(given, str):
             ids = tokenizer.encode(given)
         else:
             try:
-                ids = data.prompt(tokenizer, given)
+                ids = reader.dialogue.prompt(given)
             except ValueError as error:
                 raise ApiError(400, str(error), "messages") from None
         special = set(tokenizer.special.values())

@@ -3,6 +3,7 @@
 from fnlm.data.batches import batch_at, batches, sample_ids, window_count, window_starts, windows
 from fnlm.data.chat import conversations, prompt, render
 from fnlm.data.corpora import CORPORA, domains_of
+from fnlm.data.dialogue import Dialogue, dialogue_of, is_chat
 from fnlm.data.gather import Wanted
 from fnlm.data.manifest import DataError, Dataset, Split, boundary, open, require_same_tokenizer, verify
 from fnlm.data.mixing import mix, parts_of
@@ -15,6 +16,7 @@ __all__ = [
     "CORPORA",
     "NAMES",
     "DataError",
+    "Dialogue",
     "Dataset",
     "Preparation",
     "Sizes",
@@ -24,7 +26,9 @@ __all__ = [
     "batches",
     "boundary",
     "conversations",
+    "dialogue_of",
     "domains_of",
+    "is_chat",
     "mix",
     "named",
     "open",

@@ -37,7 +37,7 @@ def _characters(tokenizer: Char) -> str:
 
 def ids_of(tokenizer: Tokenizer, chat: bool) -> dict[str, int | None]:
     """The ids that a config.json names."""
-    end = tokenizer.special.get(IM_END) if chat else tokenizer.eot_id
+    end = tokenizer.special.get(IM_END, tokenizer.eot_id) if chat else tokenizer.eot_id
     begin = tokenizer.prefix[0] if tokenizer.prefix else tokenizer.eot_id
     return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": tokenizer.eot_id}
 
@@ -67,7 +67,7 @@ def special_tokens(tokenizer: Tokenizer, ids: dict[str, Any]) -> dict[str, Any]:
 
 
 def template_of(config: dict[str, Any], tokenizer: Tokenizer, chat: bool) -> str | None:
-    """The chat template of a run: the one that it was imported with, or ChatML for a chat model."""
-    kept: str | None = config.get("interop", {}).get("template")
+    """The chat template of a run: the one that it was trained by or imported with, or ChatML for a chat model."""
+    kept: str | None = config.get("template") or config.get("interop", {}).get("template")
     knows = all(token in tokenizer.special for token in CHAT_SPECIAL)
     return kept if kept is not None else CHATML if chat and knows else None

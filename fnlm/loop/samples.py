@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fnlm import data
 from fnlm.config import ModelConfig
-from fnlm.data import Dataset
+from fnlm.data import Dataset, Dialogue
 from fnlm.generate import complete
 from fnlm.loop.settings import RunConfig
 from fnlm.sampling import Settings
@@ -23,7 +22,8 @@ class Sampler:
 
     def __init__(self, cfg: ModelConfig, run: RunConfig, dataset: Dataset, folder: Path) -> None:
         self._cfg, self._folder, self._tokenizer = cfg, folder, dataset.tokenizer
-        self._chat = dataset.manifest["kind"] == "chat"
+        dialogue = Dialogue(dataset.tokenizer, dataset.manifest.get("template"))
+        self._chat = dialogue if dataset.manifest["kind"] == "chat" else None
         self._prompts = _given(run, dataset, self._chat) or beginnings(dataset, cfg.seq_len // 2)
         for prompt, text in zip(self._prompts, run.sample_prompts, strict=False):
             if not 0 < len(prompt) < cfg.seq_len:
@@ -39,16 +39,18 @@ class Sampler:
         """
         if not self._prompts:
             return ""
-        made = complete(params, self._cfg, self._tokenizer, self._prompts, self._settings, key, chat=self._chat)
+        made = complete(
+            params, self._cfg, self._tokenizer, self._prompts, self._settings, key, chat=self._chat or False
+        )
         shown = [f"{self._tokenizer.decode(p)}⏵{g.text}" for p, g in zip(self._prompts, made, strict=True)]
         text = f"\n{PARTED}\n".join(shown) + "\n"
         (self._folder / f"{step:08d}.txt").write_text(text, encoding="utf-8")
         return text
 
 
-def _given(run: RunConfig, dataset: Dataset, chat: bool) -> list[list[int]]:
-    if chat:
-        return [data.prompt(dataset.tokenizer, [{"role": "user", "content": text}]) for text in run.sample_prompts]
+def _given(run: RunConfig, dataset: Dataset, chat: Dialogue | None) -> list[list[int]]:
+    if chat is not None:
+        return [chat.prompt([{"role": "user", "content": text}]) for text in run.sample_prompts]
     return [dataset.tokenizer.encode(text) for text in run.sample_prompts]
 
 
