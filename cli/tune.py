@@ -43,7 +43,7 @@ FACTORS = (1 / 3, 1.0, 3.0, 10.0)  # of the usual rate, where none are given
 def command(
     words: tuple[str, ...], lrs: str | None, lengths: str | None, budget: int | None, resume: bool, **rest: Any
 ) -> int:
-    """Find a learning rate, and a number of steps, for finetuning.
+    """Find a learning rate and a number of steps.
 
     MODEL is what `fnlm finetune` takes, or a preset to train from nothing. All candidates are trained a little; the
     better half by validation loss goes on twice as far, until the last one is trained whole: it is a run as any.
