@@ -3,7 +3,7 @@
 from fnlm.cleaning.duplicates import Exact, MinHash
 from fnlm.cleaning.language import function_words, language_of
 from fnlm.cleaning.pii import luhn, masked
-from fnlm.cleaning.pipeline import NAMES, Cleaner, Step, check, steps_of
+from fnlm.cleaning.pipeline import NAMES, Cleaner, Step, WorkerLost, check, steps_of
 from fnlm.cleaning.quality import gopher, repetition
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Exact",
     "MinHash",
     "Step",
+    "WorkerLost",
     "check",
     "function_words",
     "gopher",

@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,12 @@ from fnlm.config import did_you_mean
 NAMES = ("exact", "minhash", "gopher", "language", "pii")
 CHUNK = 16
 """Texts that a worker takes at a time."""
+
+
+class WorkerLost(ValueError):
+    """A process that measures was ended from outside. What was cleaned before is kept."""
+
+    exit_code = 1
 
 
 class Verdict(NamedTuple):
@@ -126,7 +133,7 @@ class Cleaner:
         self._pool = ProcessPoolExecutor(workers, context, _ignore_interrupts) if workers > 1 and steps else None
 
     def clean(self, texts: Sequence[str]) -> list[str | None]:
-        """Each text as it is kept, None for one that is not, in order."""
+        """Each text as it is kept, None for one that is not, in order. WorkerLost where a process did not live."""
         found: list[str | None] = list(texts)
         for step in self.steps:
             here = [i for i, text in enumerate(found) if text is not None]
@@ -137,7 +144,11 @@ class Cleaner:
 
     def _measured(self, measure: Callable[[str], Any], texts: list[str]) -> list[Any]:
         run = map if self._pool is None else partial(self._pool.map, chunksize=CHUNK)
-        return list(run(measure, texts))
+        try:
+            return list(run(measure, texts))
+        except BrokenProcessPool as error:
+            remedy = "the same command goes on, with fewer --workers where memory ran out"
+            raise WorkerLost(f"a process that cleans was ended from outside; {remedy}") from error
 
     def _counted(self, name: str, verdict: Verdict) -> str | None:
         count = self.counts[name]

@@ -78,7 +78,8 @@ def prepare(
 
     Written beside `out` under another name and renamed when whole. One that was interrupted goes on where it was; the
     same one twice is left alone; two at once into one folder are refused. `progress` is told bytes of text done and in
-    all, 0 where that is not known. Raises DataError, ValueError, FileNotFoundError and SourceLost in one line each.
+    all, 0 where that is not known. Raises DataError, ValueError, FileNotFoundError, SourceLost and WorkerLost, each in
+    one line.
     """
     check(todo.tokenizer)
     cleaning.check(todo.wanted.clean)
@@ -94,7 +95,7 @@ def prepare(
             manifest = {**_filled(stage, todo, say, progress), **about}
             manifest |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "fnlm": _version()}
             staging.commit(stage, todo.out, manifest)
-        except (KeyboardInterrupt, SourceLost):
+        except (KeyboardInterrupt, SourceLost, cleaning.WorkerLost):
             staging.forget_nothing(stage)
             raise  # the same command goes on from what is there
         except BaseException as error:

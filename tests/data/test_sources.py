@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from fnlm import data
+from fnlm import cleaning, data
 from fnlm.data import CORPORA, DataError, Preparation, Wanted, corpora, streams
 from fnlm.data.corpora import Hub, Web
 from fnlm.data.streams import SourceLost
@@ -373,6 +374,25 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     assert made[0]["splits"] == made[1]["splits"]
     assert made[0]["cleaned"] == made[1]["cleaned"]
     assert data.prepare(todo(file, tmp_path / "1", wanted=wanted._replace(workers=3))) == made[0]  # done already
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fnlm.data.encode.DOCUMENTS", 20)
+    file = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in corpus()])
+    one = todo(file, tmp_path / "out", wanted=Wanted(clean=("pii",), workers=2))
+
+    def kill(done: int, total: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(cleaning.WorkerLost, match="was ended from outside; the same command goes on, with fewer"):
+        data.prepare(one, progress=kill)
+    assert len((tmp_path / ".out.partial" / "documents.train.jsonl").read_text().splitlines()) == 20
+    one = replace(one, wanted=one.wanted._replace(workers=1))
+    assert data.prepare(one)["splits"] == data.prepare(replace(one, out=tmp_path / "whole"))["splits"]
 
 
 @pytest.mark.parametrize(
