@@ -12,13 +12,23 @@ import torch
 
 import fnlm
 from fnlm import checkpoint, tokenizers
+from fnlm.tokenizers import Tokenizer
 from fnlm.types import TrainState
 from webui.batch import Slot
 
 
-def save(run: Path, kind: str, step: int = 7, seed: int = 0, seq_len: int = 64, **model: Any) -> Path:
-    """A run with one checkpoint of random weights, which write varied text."""
-    tokenizer = tokenizers.named("byte")
+def save(
+    run: Path,
+    kind: str,
+    step: int = 7,
+    seed: int = 0,
+    seq_len: int = 64,
+    tokenizer: Tokenizer | None = None,
+    more: Mapping[str, Any] | None = None,
+    **model: Any,
+) -> Path:
+    """A run with one checkpoint of random weights, which write varied text; `more` of its config.json."""
+    tokenizer = tokenizer or tokenizers.named("byte")
     shape = {"n_layers": 1, "n_heads": 2, "d_model": 16, "seq_len": seq_len, "vocab_size": tokenizer.vocab_size}
     cfg = fnlm.ModelConfig(**{**shape, **model})
     params = fnlm.init_params(cfg, fnlm.key(seed))
@@ -27,7 +37,7 @@ def save(run: Path, kind: str, step: int = 7, seed: int = 0, seq_len: int = 64, 
     return checkpoint.save(
         run / "checkpoints",
         state,
-        config={"model": asdict(cfg), "kind": kind},
+        config={"model": asdict(cfg), "kind": kind, **(more or {})},
         tokenizer=tokenizer.save(run / "tokenizer.json"),
         extra={"loss": 5.5, "val_loss": 5.25},
         what="params",
