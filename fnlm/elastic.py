@@ -30,10 +30,16 @@ class Elastic:
         self.layout = layout
         # the last rank has the least of everything: what is whole there is whole everywhere
         last = {k: layout.local_shape(k, layout.mesh.world - 1) for k in layout.shapes}
-        self.like = init_state(_outline(layout.shapes), optimizer, plan, key)
-        least = _flat(init_state(_outline(last), shard_optimizer(optimizer, layout), plan, key))
+        self.like = self._described(layout.shapes, optimizer, plan, key)
+        least = _flat(self._described(last, shard_optimizer(optimizer, layout), plan, key))
         whole = _flat(self.like)
         self.specs = {path: self._spec(path, tuple(x.shape), tuple(least[path].shape)) for path, x in whole.items()}
+
+    def _described(self, shapes: dict[str, Shape], optimizer: Transform, plan: Plan, key: Key) -> TrainState:
+        """A state without storage: the optimizer has what is trained, the parameters are all."""
+        params = _outline(shapes)
+        own = {k: params[k] for k in self.layout.trained}
+        return init_state(own, optimizer, plan, key)._replace(params=params)
 
     def _spec(self, path: str, whole: tuple[int, ...], least: tuple[int, ...]) -> P:
         name = path.rpartition("/")[2]

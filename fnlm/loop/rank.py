@@ -31,7 +31,7 @@ from fnlm.loop.team import Alone, Step
 from fnlm.losses import make_lm_loss
 from fnlm.presets import trained_model
 from fnlm.sharded import layout_of, make_sharded_loss, make_sharded_step, sharded_state
-from fnlm.sharding import Abandoned, Mesh, global_norm, largest, total
+from fnlm.sharding import Abandoned, Mesh, global_norm, largest, shard, total
 from fnlm.sharding.processes import place
 from fnlm.sharding.strategy import row_axes
 from fnlm.step import Judge, Loss, Plan
@@ -62,20 +62,22 @@ class Together(Alone):
         self.lead, self.world, self.mesh, self.rank = mesh.rank == 0, mesh.world, mesh, mesh.rank
         here = place()
         self.crew = Crew(job.run.strategy, mesh.shape, here.local_world if here else mesh.world, here is not None)
-        self.layout = layout_of(job.cfg, job.run.strategy, mesh)
+        self.layout = layout_of(job.cfg, job.run.strategy, mesh, self.subset)
         self.elastic = Elastic(self.layout, self.optimizer, self.plan, keys_of(job.train)[2])
         self.all = mesh.axis(*mesh.shape)
 
     def begin(self) -> Begin:
         job, key = self.job, keys_of(self.job.train)[2]
         if job.resume is None:
-            return Begin(sharded_state(self._fresh(), self.optimizer, self.layout, self.plan, key), {})
+            own, resting = self.subset.parted(self._fresh())
+            self.resting = shard(resting, self.layout)
+            return Begin(sharded_state(own, self.optimizer, self.layout, self.plan, key), {})
         if job.partial:
             state, notes = super().begin()
-            return Begin(self.elastic.cut(state), notes)
+            return self._parted(Begin(self.elastic.cut(self.with_resting(state)), notes))
         path = self._checked(job.resume, job.or_older)
         self.job = replace(job, resume=path)
-        return self._placed(self._read(path), self.elastic.like)
+        return self._parted(self._placed(self._read(path), self.elastic.like))
 
     def _read(self, path: Path) -> tuple[TrainState, dict[str, Any]]:
         """This rank's part of a checkpoint."""
@@ -132,17 +134,18 @@ class Together(Alone):
         def build(axes: Axes) -> Loss:
             return make_lm_loss(model, self.job.compute, axes)
 
-        return make_sharded_step(build, self.optimizer, self.layout, self.plan, judge)
+        return make_sharded_step(build, self.optimizer, self.layout, self.plan, judge, resting=self.resting)
 
     def restore(self, path: Path, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        return self._placed(self._read(self._checked(path, or_older=True)), self.elastic.like)
+        found, notes = self._placed(self._read(self._checked(path, or_older=True)), self.elastic.like)
+        return found._replace(params=self.subset.parted(found.params)[0]), notes
 
     def evaluate(self, params: Params, stop: Callable[[], bool]) -> Evaluation:
         """Each rank computes its part of each batch, under the strategy that it trains with."""
         job, ranks = self.job, self.mesh.size(*row_axes(self.mesh))
         precision: Literal["bf16", "fp32"] = "bf16" if job.train.precision == "bf16" else "fp32"
         mean = make_sharded_loss(
-            lambda axes: make_lm_loss(job.cfg, job.compute, axes), self.layout, Plan(precision)
+            lambda axes: make_lm_loss(job.cfg, job.compute, axes), self.layout, Plan(precision), self.resting
         )  # fmt: skip
 
         def nats_of(some: Params, batch: Batch) -> Tensor:
@@ -157,8 +160,10 @@ class Together(Alone):
         return val._replace(loss=loss)
 
     def whole(self, params: Params) -> Params | None:
-        made = self.elastic.whole_params(params, self.lead)
-        return made and {k: p.to(self.job.device) for k, p in made.items()}
+        made = self.elastic.whole_params(self.subset.joined(params, self.resting), self.lead)
+        if made is None:
+            return None
+        return self.subset.model(*self.subset.parted({k: p.to(self.job.device) for k, p in made.items()}))
 
     def norms(self, tensors: Params) -> dict[str, Tensor]:
         groups: dict[str, Params] = {}

@@ -78,7 +78,7 @@ class Alone:
 
     def saved_by(self, saver: Saver | PartSaver) -> Saver | PartSaver | SubsetSaver:
         """The saver as the session uses it."""
-        return SubsetSaver(self, saver) if isinstance(saver, Saver) and not self.subset.is_all else saver
+        return saver if self.subset.is_all else SubsetSaver(self, saver)
 
     def share(self, file: Path) -> None:
         """Raises ValueError where not all see a file that the lead has written."""
@@ -136,12 +136,15 @@ class Alone:
 
 
 class SubsetSaver:
-    """A `Saver` of a run that trains part of a model: what rests is written with it, in a file of its own."""
+    """A saver of a run that trains part of a model: what rests is written with it, by one in a file of its own."""
 
-    def __init__(self, team: Alone, saver: Saver) -> None:
+    def __init__(self, team: Alone, saver: Saver | PartSaver) -> None:
         self.folder, self._saver, self._team = saver.folder, saver, team
         self.mark_best, self.wait = saver.mark_best, saver.wait
 
     def save(self, state: TrainState, **more: Any) -> Path:
         """As `Saver.save`."""
-        return self._saver.save(self._team.with_resting(state), frozen=self._team.subset.rests, **more)
+        whole = self._team.with_resting(state)
+        if isinstance(self._saver, Saver):
+            return self._saver.save(whole, frozen=self._team.subset.rests, **more)
+        return self._saver.save(whole, **more)

@@ -27,15 +27,12 @@ def mesh_of(cfg: ModelConfig, train: TrainConfig, run: RunConfig, world: int, th
         raise ValueError(f"{world} ranks run, but strategy=single is for one; choose --strategy {many}")
     if row.reducer == "torch" and threads:
         raise ValueError(f"strategy {row.name} is PyTorch's own reducer and needs processes; choose ddp_bucketed")
-    if world > 1 and not subset_of(cfg, train).is_all:
-        what = f"lora={train.lora}" if train.lora else f"freeze={train.freeze}"
-        raise ValueError(f"{what} trains part of the model, on one process; leave --strategy, --mesh and ranks out")
     given = None if run.mesh is None else parse_mesh(run.mesh, world)
     if world == 1:
         return {}
     shape = mesh_for(row, world, given)
     mesh = planned(shape)
-    layout_of(cfg, row, mesh)
+    layout_of(cfg, row, mesh, subset_of(cfg, train))
     ends = Sizes(train.ramp, train.batch_size * train.micro_batches)
     for size in sorted({ends.at(step) for step in (0, *(end for end, _ in train.ramp), train.steps)}):
         for rows in {min(size, train.batch_size), size % train.batch_size or train.batch_size}:

@@ -21,10 +21,11 @@ from fnlm.types import Params
 
 
 class Note(NamedTuple):
-    """What autograd keeps in place of a gathered parameter."""
+    """What autograd keeps in place of a gathered parameter, or of what was `made` of some."""
 
     group: str
     name: str
+    made: bool
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -47,7 +48,8 @@ class Gathering:
         self.rest: dict[str, Params] = {}
         self.flying: dict[str, Flight] = {}
         self.here: dict[str, Params] = {}
-        self.home: dict[StorageWeakRef, tuple[str, str]] = {}
+        self.made: dict[str, Params] = {}
+        self.home: dict[StorageWeakRef, tuple[str, str, bool]] = {}
         self.ahead, self.last = 1, True
 
     @contextmanager
@@ -71,33 +73,53 @@ class Gathering:
         """The whole parameters of a group; from here on only the model holds them, where they are gathered again."""
         whole = self.gathered(group)
         if self.layout.regathers(group):
-            self.home |= {StorageWeakRef(t.untyped_storage()): (group, name) for name, t in whole.items()}
+            self._know(group, whole, False)
             del self.here[group]
         return whole
+
+    def remember(self, group: str, made: Params) -> None:
+        """What `layout.made` has made of a group: it is made again where the group is gathered again."""
+        if self.layout.regathers(group):
+            self._know(group, made, True)
+
+    def _know(self, group: str, tensors: Params, made: bool) -> None:
+        self.home |= {StorageWeakRef(t.untyped_storage()): (group, name, made) for name, t in tensors.items()}
 
     def used(self, group: str) -> None:
         """The backward pass of a group is over. The first group is in use from the first to the last moment."""
         if self.last or (self.regather and group != self.layout.group_names[0]):
             self.here.pop(group, None)
+            self.made.pop(group, None)
 
     def end(self) -> None:
         """The backward pass of all groups is over, of those too whose gradients nobody asked for."""
         for group in list(self.here):
             self.used(group)
+        for group in list(self.flying) if self.last else ():
+            self.flying.pop(group).work.wait()  # the backward pass ended before it
 
     def gathered(self, group: str) -> Params:
         """The whole parameters of a group; the next groups are sent for once its buffer is free."""
         if group not in self.here:
+            self._leave(group)
             self._launch(group)
             self.here[group] = self._land(group)
             self._send_for(group)
         return self.here[group]
 
+    def _leave(self, group: str) -> None:
+        """The backward pass of the groups after one is over. Of those in which something rests no gradient says so."""
+        order = self.layout.group_names
+        for other in order[order.index(group) + 1 :] if self.ahead < 0 else ():
+            if other in self.layout.partly:
+                self.used(other)
+
     def _send_for(self, group: str) -> None:
-        """Send for those that come after a group."""
+        """Send for those that come after a group; the backward pass ends at the lowest that is trained in part."""
         order, i = self.layout.group_names, self.layout.group_names.index(group)
+        first = self.layout.lowest if self.ahead < 0 else 0
         for j in range(1, self.layout.strategy.prefetch + 1):
-            if 0 <= i + j * self.ahead < len(order):
+            if first <= i + j * self.ahead < len(order):
                 self._launch(order[i + j * self.ahead])
 
     def _launch(self, group: str) -> None:
@@ -129,4 +151,12 @@ class Gathering:
     def _fetch(self, kept: Tensor | Note) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        return self.gathered(kept.group)[kept.name].as_strided(kept.size, kept.stride, kept.offset)
+        there = self._finished(kept.group) if kept.made else self.gathered(kept.group)
+        return there[kept.name].as_strided(kept.size, kept.stride, kept.offset)
+
+    def _finished(self, group: str) -> Params:
+        """What is made of a group, again."""
+        if group not in self.made:
+            assert self.layout.made is not None
+            self.made[group] = self.layout.made(self.gathered(group))
+        return self.made[group]

@@ -21,10 +21,13 @@ from fnlm.types import Params
 
 
 class Link:
-    """The way there and back of one step; `dtype` is that of the parameters at rest, in which gradients are summed."""
+    """The way there and back of one step; `dtype` is that of the parameters at rest, in which gradients are summed.
 
-    def __init__(self, layout: Layout, dtype: torch.dtype) -> None:
-        self.layout = layout
+    `resting`: those that are not trained; they come into use as the others, and no gradient goes home.
+    """
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, resting: Params | None = None) -> None:
+        self.layout, self.resting = layout, resting or {}
         self.there = Gathering(layout) if layout.state is not None else None
         self.back = Reducing(layout, dtype) if layout.state is not None or layout.copies is not None else None
         self.like: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}
@@ -36,11 +39,12 @@ class Link:
         self.like = {k: (p.shape, p.dtype, p.device) for k, p in params.items()}
         if self.back is not None:
             self.back.begin(last)
-            self.left = {g: {s.name for s in pack.slots} for g, pack in self.layout.groups.items()}
+            trained = self.layout.trained
+            self.left = {g: {s.name for s in p.slots if s.name in trained} for g, p in self.layout.groups.items()}
         if self.there is None:
             yield
         else:
-            with self.there.forward(params, last):
+            with self.there.forward({**params, **self.resting}, last):
                 yield
 
     def use(self, group: str, params: Params) -> Params:
@@ -51,17 +55,32 @@ class Link:
         if not _same_names(names, full):
             here = ", ".join(self.layout.groups)
             raise ValueError(f"{group!r} with {', '.join(names)} is no group of the layout, which has {here}")
-        if self.back is None:
-            return params
-        whole = self.there.lift(group) if self.there is not None else dict(zip(full, params.values(), strict=True))
-        return {k: _lift(self, f, p, whole[f]) for (k, p), f in zip(params.items(), full, strict=True)}
+        used = dict(zip(full, params.values(), strict=True))
+        if self.back is not None:
+            whole = self.there.lift(group) if self.there is not None else used
+            trained = self.layout.trained
+            used = {f: _lift(self, f, p, whole[f]) if f in trained else whole[f] for f, p in used.items()}
+        made = self._made(group, used)
+        return {k: made[f] for k, f in zip(names, full, strict=True) if f in made}
+
+    def _made(self, group: str, used: Params) -> Params:
+        """What the layout makes of a group in use."""
+        if self.layout.made is None:
+            return used
+        out = self.layout.made(used)
+        new = {k: x for k, x in out.items() if x is not used.get(k)}
+        for x in new.values():
+            _at_once(x.grad_fn)
+        if self.there is not None:
+            self.there.remember(group, new)
+        return out
 
     def arrive(self, name: str, grad: Tensor | None) -> None:
         """A gradient is complete; None where the loss does not depend on the parameter."""
         assert self.back is not None
         group = self.layout.group_of[name]
         self.left[group].discard(name)
-        if self.there is not None and not self.left[group]:
+        if self.there is not None and not self.left[group] and group not in self.layout.partly:
             self.there.used(group)
         if grad is not None:
             self.back.arrive(name, grad)
@@ -100,6 +119,14 @@ def _lift(link: Link, name: str, param: Tensor, whole: Tensor) -> Tensor:
     if out.grad_fn is not None and hasattr(out.grad_fn, "_set_sequence_nr"):
         out.grad_fn._set_sequence_nr(AT_ONCE)
     return out
+
+
+def _at_once(node: Any) -> None:
+    """Take what was made of parameters in use at once too, down to them."""
+    if node is not None and hasattr(node, "_set_sequence_nr"):
+        node._set_sequence_nr(AT_ONCE)
+        for before, _ in node.next_functions:
+            _at_once(before)
 
 
 class _Lift(torch.autograd.Function):

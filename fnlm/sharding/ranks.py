@@ -41,10 +41,14 @@ def positions_of(n: int, mesh: Mesh) -> slice:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The step's view of a layout. `local`: what is given are this rank's rows already, not the global batch."""
+    """The step's view of a layout. `local`: what is given are this rank's rows already, not the global batch.
+
+    `resting`: the parameters that are not trained, as they rest.
+    """
 
     layout: Layout
     local: bool = False
+    resting: Params = field(default_factory=dict, compare=False, repr=False)
     _ddp: list[TorchReducer] = field(default_factory=list, compare=False, repr=False)  # made at the first step
 
     def link(self, params: Params) -> Link | TorchLink:
@@ -53,7 +57,7 @@ class Ranks:
             if not self._ddp:
                 self._ddp.append(TorchReducer(self.layout, params))
             return self._ddp[0].link()
-        return Link(self.layout, next(iter(params.values())).dtype)
+        return Link(self.layout, next(iter(params.values())).dtype, self.resting)
 
     def mine(self, piece: Batch, keys: Key | None) -> tuple[Batch, Key | None]:
         """This rank's part of a global micro-batch and of its keys, one per row."""

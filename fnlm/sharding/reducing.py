@@ -164,7 +164,7 @@ class Reducing:
             views = bucket.views(part, 1)
             grads |= {s.name: s.piece(views[s.name][0]) for s in bucket.slots}
         self.sums, self.missing = {}, {}
-        return {name: grads[name].contiguous() for name in self.layout.shapes}
+        return {name: grads[name].contiguous() for name in self.layout.trained}
 
     def _send_rest(self, device: torch.device) -> None:
         """Send what is not full: a group did not run, or the loss does not depend on it. What is missing is 0."""
