@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 import fnlm
-import fnlm.native
-from fnlm import environment, machine, optim, tree
+from fnlm import clib, environment, machine, optim, tree
 
 PROBE_S = 1.0  # for each device
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -171,7 +170,7 @@ def compiler() -> dict[str, Any]:
     cxx = next((path for path in map(shutil.which, names) if path), None)
     headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
     triton = importlib.util.find_spec("triton") is not None
-    found = fnlm.native.status()
+    found = clib.library("step")
     native = {"works": found.library is not None, "says": found.says}
     usable = {"cpu": bool(cxx) and headers, "cuda": triton and bool(cxx) and headers}
     return {"cxx": cxx, "python_headers": headers, "triton": triton, "torch_compile": usable, "native": native}

@@ -34,7 +34,6 @@ READS_ENVIRONMENT = {
     "config",
     "machine",
     "clib",
-    "native",
     "environment",
     "sharding",
     "data",

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import fnlm
-from fnlm import native
+from fnlm import clib
+from fnlm.clib import build
 from fnlm.decode import KVCache, Prepared, decode, init_cache, prefill, prepare
-from fnlm.native import build
 from fnlm.params import shapes
 from fnlm.quantize import quantize
 from fnlm.types import Params
@@ -23,7 +23,7 @@ from tests.reference import BASE, CASES, random_params, random_tokens
 from tests.test_decode import MORE
 
 ALL = {**CASES, **MORE}
-needs_library = pytest.mark.skipif(native.status().library is None, reason=native.status().says)
+needs_library = pytest.mark.skipif(clib.library("step").library is None, reason=clib.library("step").says)
 pytestmark = needs_library
 
 
@@ -186,17 +186,17 @@ def test_what_the_library_does_not_know_torch_takes() -> None:
     assert prepare(params, cfg, torch.float16).native is None
     ready = prepare(params, cfg)
     cache = init_cache(cfg, 1, dtype=torch.float64)
-    assert not native.takes(cache.k, cache.v)
+    assert not fnlm.native.takes(cache.k, cache.v)
     assert ready.blocks[0]["mlp.up.weight"].data_ptr() == params["blocks.0.mlp.up.weight"].data_ptr()
 
 
 def logits_with(library: Path, threads: int = 3) -> Tensor:
     """The last logits of a few steps, in a process whose library is this one and whose team is its own."""
     script = (
-        "import ctypes, sys, torch; from fnlm.native import build\n"
+        "import ctypes, sys, torch; from fnlm.clib import build\n"
         "from tests.test_native import COMPANY, prepare, random_tokens, steps, weights\n"
-        f"build._openmp = lambda: (None, None); library = build._loaded(build.Path({str(library)!r}))\n"
-        "build.status.cache_clear(); build.built = lambda *_: build.Path(library._name)\n"
+        "compiled = build.built; build._openmp = lambda: (None, None); build.library.cache_clear()\n"
+        f"build.built = lambda n, *a: build.Path({str(library)!r}) if n == 'step' else compiled(n, *a)\n"
         f"torch.set_num_threads({threads})\n"
         "out = steps(prepare(weights('bf16', COMPANY), COMPANY), COMPANY, random_tokens(61, 3, 12))\n"
         "sys.stdout.buffer.write(out.contiguous().numpy().tobytes())\n"
@@ -210,6 +210,6 @@ def test_a_team_of_its_own_and_every_width_of_vectors() -> None:
     """Without torch's OpenMP the bits are the same; without the processor's vectors they are near."""
     compiler = shutil.which("cc") or "gcc"
     want = steps(prepare(weights("bf16", COMPANY), COMPANY), COMPANY, random_tokens(61, 3, 12)).flatten()
-    assert torch.equal(logits_with(build.built(compiler)), want)
-    narrow = logits_with(build.built(compiler, options=["-DFNLM_PORTABLE"]))
+    assert torch.equal(logits_with(build.built("step", compiler)), want)
+    narrow = logits_with(build.built("step", compiler, options=["-DFNLM_PORTABLE"]))
     torch.testing.assert_close(narrow, want, rtol=0.02, atol=0.02 * float(want.abs().max()))

@@ -3,6 +3,8 @@
    Parameters are float, gradients and moments float or bfloat16; the arithmetic is float. Elements are taken in blocks,
    whose sums are added in their order: nothing depends on the number of threads. */
 
+#pragma GCC optimize("O3") /* vectors of all loops, as Clang makes of its -O2 */
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

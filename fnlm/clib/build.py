@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from fnlm.machine import cpu_flags
 
 COMPILERS = ("cc", "gcc", "clang")
 # No result depends on errno or a trap, and without them sqrt and selections become vector instructions.
-OPTIONS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+OPTIONS = ("-std=gnu11", "-O2", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 LINKING = ("-fPIC", "-shared", "-pthread")
 PATIENCE = 120  # seconds for the compiler
 
@@ -50,7 +51,7 @@ def library(name: str) -> Status:
         path = built(name, compiler)
         return Status(_loaded(path), f"{path} by {compiler}")
     except subprocess.CalledProcessError as error:
-        return Status(None, f"{compiler} failed: {_last_line(error.stderr)}")
+        return Status(None, f"{compiler} failed: {_complaint(error.stderr)}")
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         return Status(None, f"{compiler}: {error}")
 
@@ -66,16 +67,25 @@ def built(name: str, compiler: str, folder: Path | None = None, options: Sequenc
     file = f"{name}-{digest[:16]}.so"
     try:
         return _compiled(compiler, source, (folder or cache_folder()) / file, options)
-    except (PermissionError, FileExistsError, NotADirectoryError):
+    except (OSError, RuntimeError):  # read-only, full, or no home at all
         if folder is not None:
             raise
-    return _compiled(compiler, source, Path(tempfile.mkdtemp(prefix="fnlm-")) / file, options)
+    return _compiled(compiler, source, _temporary() / file, options)
 
 
 def cache_folder() -> Path:
     """Where libraries are kept: ~/.cache/fnlm, or as XDG_CACHE_HOME says."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "fnlm"
+
+
+def _temporary() -> Path:
+    """A folder of this user's among the temporary ones, which nobody else can have filled."""
+    folder = Path(tempfile.gettempdir()) / f"fnlm-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    safe = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077
+    return folder if safe else Path(tempfile.mkdtemp(prefix="fnlm-"))
 
 
 def _texts(source: Path) -> Iterator[bytes]:
@@ -134,6 +144,6 @@ def _openmp() -> tuple[int | None, int | None]:
     return None, None
 
 
-def _last_line(text: str) -> str:
-    errors = [line for line in text.splitlines() if "error" in line] or text.splitlines() or ["without a word"]
-    return errors[0].strip()
+def _complaint(text: object) -> str:
+    lines = (text if isinstance(text, str) else "").splitlines()
+    return next(iter([*(line for line in lines if "error" in line), *lines]), "without a word").strip()

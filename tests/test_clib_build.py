@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fnlm
+from fnlm.clib import build
 from fnlm.decode import decode, init_cache, prepare
-from fnlm.native import build
 from tests.reference import random_tokens
 
 COPIES = """#!/bin/sh
@@ -24,9 +24,11 @@ echo library > "$2"
 @pytest.fixture(autouse=True)
 def _afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    build.status.cache_clear()
+    build.library.cache_clear()
+    build._version.cache_clear()
     yield
-    build.status.cache_clear()
+    build.library.cache_clear()
+    build._version.cache_clear()
 
 
 def program(folder: Path, text: str) -> str:
@@ -38,7 +40,7 @@ def program(folder: Path, text: str) -> str:
 
 def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
     cc = program(tmp_path / "bin", COPIES)
-    first, again = build.built(cc), build.built(cc)
+    first, again = build.built("step", cc), build.built("step", cc)
     assert first == again
     assert (first.read_text(), first.parent) == ("library\n", tmp_path / "cache" / "fnlm")
     compiled = [line for line in (tmp_path / "bin" / "calls").read_text().splitlines() if line != "--version"]
@@ -46,23 +48,24 @@ def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
     assert "-march=native" in compiled[0]
     assert list(first.parent.iterdir()) == [first]  # no drafts
     program(tmp_path / "bin", COPIES.replace("cc 1", "cc 2"))
-    assert build.built(cc) != first  # another compiler
-    assert build.built(cc, options=["-DFNLM_PORTABLE"]) != build.built(cc)
+    build._version.cache_clear()
+    assert build.built("step", cc) != first  # another compiler
+    assert build.built("step", cc, options=["-DFNLM_PORTABLE"]) != build.built("step", cc)
 
 
 def test_a_compiler_that_does_not_know_the_processor(tmp_path: Path) -> None:
     cc = program(tmp_path / "bin", COPIES.replace("while", 'case "$*" in *=native*) exit 1;; esac\nwhile'))
-    assert build.built(cc).is_file()
+    assert build.built("step", cc).is_file()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     cc = program(tmp_path / "bin", COPIES)
-    path = build.built(cc)
-    assert (path.is_file(), path.parent.parent, build.built(cc)) == (True, tmp_path, path)
+    path = build.built("step", cc)
+    assert (path.is_file(), path.parent.parent, build.built("step", cc)) == (True, tmp_path, path)
     path.parent.chmod(0o777)  # others could have put something there
-    assert build.built(cc).parent != path.parent
+    assert build.built("step", cc).parent != path.parent
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_without_a_library_torch_decodes(
     if text is not None:
         program(tmp_path / "bin", text)
     monkeypatch.setattr("shutil.which", lambda name: str(tmp_path / "bin" / name) if text and name == "cc" else None)
-    status = build.status()
+    status = build.library("step")
     assert status.library is None
     assert says in status.says or (says.startswith("invalid ELF") and "step-" in status.says)
     assert "\n" not in status.says
@@ -94,8 +97,3 @@ def test_without_a_library_torch_decodes(
     for t in range(3):
         logits, cache = decode(ready, tokens[:, t : t + 1], cfg, cache)
     torch.testing.assert_close(logits, fnlm.forward(params, tokens, cfg)[:, -1], rtol=1e-4, atol=1e-4)
-
-
-def test_the_sources_are_all_there() -> None:
-    here = Path(build.__file__).parent
-    assert sorted(p.name for p in here.iterdir() if p.suffix in {".c", ".h"}) == sorted(build.SOURCES)

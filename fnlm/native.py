@@ -1,4 +1,4 @@
-"""A prepared model as the C library reads it, and a step with it.
+"""A decode step as one call of the C library `step`: a prepared model as it reads it, and the step.
 
 Large matrices are read where they lie; what is small (norms, biases, the tables of RoPE) is copied as float32.
 """
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fnlm import clib
 from fnlm.attention import Rotation, alibi_slopes, scale
 from fnlm.config import ModelConfig
-from fnlm.native.build import status
 from fnlm.types import Params
 
 FLOAT, BF16, INT8, INT4 = range(4)
@@ -56,8 +56,7 @@ def lower(root: Params, blocks: Sequence[Params], rotation: Rotation | None, cfg
     `rotation` in float32, (S, R) each.
     """
     owner = _Owner()
-    library = status().library
-    if library is None or not all(_fits(p) for p in [root, *blocks]):
+    if clib.library("step").library is None or not all(_fits(p) for p in [root, *blocks]):
         return None
     head = "head" if "head.weight" in root else "embed.tokens"
     array = (_Block * len(blocks))(*(_block(p, owner) for p in blocks))
@@ -84,16 +83,16 @@ def step(
     Token i goes to position positions[i] of row rows[i] in k and v (L, B, H_kv, S, K), which are written; tokens of one
     row come in their order. All that a token's logits depend on is its text: not the others, nor how many there are.
     """
-    library = status().library
+    library = clib.library("step").library
     assert library is not None
     n = len(rows)
     x = x.float().contiguous()
     logits = torch.empty((wanted, native.model.head.n), dtype=torch.float32)
     cache = _Cache(k.data_ptr(), v.data_ptr(), k.dtype == torch.bfloat16, *k.stride()[:4])
-    numbers = ctypes.c_int64 * n
+    number, pointer, threads = ctypes.c_int64, ctypes.c_void_p, torch.get_num_threads()
     failed = library.fnlm_step(
-        ctypes.byref(native.model), ctypes.byref(cache), x.data_ptr(), numbers(*rows), numbers(*positions), n, wanted,
-        logits.data_ptr(), torch.get_num_threads(),
+        ctypes.byref(native.model), ctypes.byref(cache), pointer(x.data_ptr()), (number * n)(*rows),
+        (number * n)(*positions), number(n), number(wanted), pointer(logits.data_ptr()), number(threads),
     )  # fmt: skip
     if failed:
         raise MemoryError("a decode step needs some megabytes of working memory, which are not there")

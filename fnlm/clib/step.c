@@ -301,10 +301,4 @@ int fnlm_step(const model *m, const cache *c, float *x, const int64_t *row, cons
     return 0;
 }
 
-/* torch's OpenMP, or NULL twice. */
-void fnlm_team(void *gomp_parallel, void *omp_get_num_threads) {
-    *(void **)&launch = gomp_parallel;
-    *(void **)&team_size = omp_get_num_threads;
-}
-
 int64_t fnlm_lanes(void) { return LANES; }
