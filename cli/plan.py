@@ -122,10 +122,10 @@ def chosen(names: Sequence[str], shape: Shape) -> list[str]:
         if found := usable(shape):
             return found
         raise ValueError(f"no strategy can use mesh {describe(shape)}; hsdp has replica and shard, the others data")
-    rows = [strategy(part) for name in names for part in name.split(",")]
-    for row in rows:
-        mesh_for(row, planned(shape).world, shape)
-    return list(dict.fromkeys(row.name for row in rows))
+    words = [part for name in names for part in name.split(",")]
+    for word in words:
+        mesh_for(strategy(word), planned(shape).world, shape)
+    return list(dict.fromkeys(word if ":" in word else strategy(word).name for word in words))
 
 
 def ranks_of(cfg: ModelConfig, train: TrainConfig, how: str, shape: Shape) -> list[Forecast]:

@@ -84,21 +84,39 @@ ROWS = ("replica", "shard", "data")
 """The axes that split the rows of a batch."""
 
 
+FIELDS = ("bucket_bytes", "overlap", "prefetch", "reduce_dtype", "gather_dtype", "sequence_parallel", "regather")
+
+
 def strategy(name: str | Strategy, **schedule: Any) -> Strategy:
     """A row of the table by its name or alias, with some fields of its schedule changed.
 
-    ValueError for an unknown name or field.
+    As text too: `zero3:prefetch=2:overlap=false`. ValueError for an unknown name or field, and for a wrong value.
     """
     if isinstance(name, Strategy):
         return replace(name, **schedule) if schedule else name
+    name, *words = name.split(":")
     row = STRATEGIES.get(ALIASES.get(name, name))
     if row is None:
         raise ValueError(f"strategy {name!r} is unknown{did_you_mean(name, [*STRATEGIES, *ALIASES])}")
-    fields = ("bucket_bytes", "overlap", "prefetch", "reduce_dtype", "gather_dtype", "sequence_parallel", "regather")
+    schedule = {field: _value(field, text) for field, _, text in (w.partition("=") for w in words)} | schedule
     for field in schedule:
-        if field not in fields:
-            raise ValueError(f"{field!r} is no field of a schedule{did_you_mean(field, fields)}")
+        if field not in FIELDS:
+            raise ValueError(f"{field!r} is no field of a schedule{did_you_mean(field, FIELDS)}")
     return replace(row, **schedule) if schedule else row
+
+
+def _value(field: str, text: str) -> Any:
+    """What a word gives to a field of a schedule."""
+    numbers = ("bucket_bytes", "prefetch")
+    words: dict[str, tuple[str, ...]] = dict.fromkeys(FIELDS, ("true", "false"))
+    words |= {"prefetch": (), "bucket_bytes": ("auto", "none"), "reduce_dtype": (*DTYPES, "none"),
+              "gather_dtype": (*DTYPES, "none")}  # fmt: skip
+    if field in numbers and text.isdecimal():
+        return int(text)
+    if field in FIELDS and text not in words[field]:
+        known = [*(("a number",) if field in numbers else ()), *words[field]]
+        raise ValueError(f"{field}={text!r} is no value of a schedule; choose {' or '.join(known)}")
+    return {"true": True, "false": False, "none": None}.get(text, text)
 
 
 def mesh_for(row: Strategy, world: int, shape: Shape | None = None) -> Shape:

@@ -215,3 +215,13 @@ def test_ranks_that_fail_or_do_not_come_end_the_others() -> None:
         simulate(3, stays_away, timeout=0.3)
     with pytest.raises(Abandoned, match="ranks disagree about collective 1"):
         simulate(2, disagrees)
+
+
+def test_a_strategy_with_its_schedule_as_text() -> None:
+    row = strategy("fsdp:prefetch=2:overlap=false:bucket_bytes=none:reduce_dtype=bf16")
+    assert row == strategy("zero3", prefetch=2, overlap=False, bucket_bytes=None, reduce_dtype="bf16")
+    assert strategy("zero3:bucket_bytes=auto") == strategy("zero3")
+    with pytest.raises(ValueError, match=r"overlap='maybe' is no value of a schedule; choose true or false"):
+        strategy("zero3:overlap=maybe")
+    with pytest.raises(ValueError, match=r"'overlapp' is no field of a schedule; did you mean 'overlap'"):
+        strategy("zero3:overlapp=true")
