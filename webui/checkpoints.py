@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -68,5 +69,5 @@ def _losses(file: Path) -> Iterator[tuple[int, float]]:
                 step, loss = row["step"], row["val/loss"]
             except (ValueError, RecursionError, KeyError, TypeError):
                 continue
-            if isinstance(step, int) and isinstance(loss, float):
+            if isinstance(step, int) and isinstance(loss, float) and math.isfinite(loss):
                 yield step, loss

@@ -54,7 +54,14 @@ class Stage:
         return bool(self.replies or self._scoring)
 
     def join(self, reply: Reply) -> None:
-        """Take a reply on, and say that it begins."""
+        """Take a reply on, and say that it begins. A failure ends it, and nobody else's."""
+        try:
+            self._take(reply)
+        except Exception:
+            log.exception("a reply could not begin")
+            self._done(reply, BROKE_OFF)
+
+    def _take(self, reply: Reply) -> None:
         model = self.model
         reply.begun = time.monotonic()
         wrong = max(reply.ids) >= model.tokenizer.vocab_size or len(reply.ids) >= model.cfg.seq_len
@@ -123,13 +130,14 @@ class Stage:
 
     def _score(self) -> None:
         """A piece of the prompt whose turn it is; one that is read to its end is said, and written after."""
-        scoring = self._scoring.pop(0)
-        if not scoring.step():
+        scoring = self._scoring[0]  # it stays there until it is done, so that a failure is told to it too
+        if scoring.step():
+            reply = scoring.reply
+            reply.say("text", Piece(self.model.tokenizer.decode(reply.ids[reply.lead :]), tuple(scoring.tokens)))
+            self._place(reply)
+        else:
             self._scoring.append(scoring)
-            return
-        reply = scoring.reply
-        reply.say("text", Piece(self.model.tokenizer.decode(reply.ids[reply.lead :]), tuple(scoring.tokens)))
-        self._place(reply)
+        del self._scoring[0]
 
     def _slide(self) -> None:
         """Those whose context is full go on from their beginning and their newest half, which are read anew."""
@@ -142,9 +150,10 @@ class Stage:
             assert reply.keep is not None
             text = slid([*slot.tokens, reply.writer.next], size, reply.keep)
             reply.writer.next = None
-            del self.replies[slot]
             self._batch.leave(slot)
-            self.replies[self._batch.join(text)] = reply
+            place = self._batch.join(text)
+            del self.replies[slot]
+            self.replies[place] = reply
             if reply.guess is not None:
                 reply.guess.restart(text)
 

@@ -425,6 +425,20 @@ def test_a_reply_that_cannot_begin_does_not_take_the_engine_with_it(
     engine.stop()
 
 
+@pytest.mark.parametrize("fails", ["Scoring.step", "Scoring.__post_init__", "Batch.join"])
+def test_a_reply_that_breaks_off_between_two_steps_is_told_so(
+    fails: str, build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = build()
+    with monkeypatch.context() as broken:
+        broken.setattr(f"webui.stage.{fails}", lambda *_: 1 / 0)
+        last = rest(engine.submit([Job("plain", prompt="ab", top=1, scored=True)]))[-1]
+        assert last.value.message == "the reply broke off; the server's log says why"
+        assert engine.load()["active"] == 0
+    assert "ZeroDivisionError" in caplog.text
+    assert rest(engine.submit([Job("plain", prompt="ab", settings={"max_tokens": 3})]))[-1].kind == "end"
+
+
 def test_matrices_in_int8(tmp_path: Path) -> None:
     save(tmp_path / "a", "text", d_model=64)
     wide, narrow = Models([tmp_path]), Models([tmp_path], quantize=8)
