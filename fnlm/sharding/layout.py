@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -12,6 +12,9 @@ from fnlm.collectives import Axis
 from fnlm.sharding.mesh import Mesh
 from fnlm.sharding.specs import P, Rules, Shape, local_shape, slices, spec_of
 from fnlm.sharding.strategy import MOST, Strategy, batch_axes, check_axes
+from fnlm.types import Params
+
+Made = Callable[[Params], Params]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ class Layout:
     """Specs, groups and buckets of a model under a strategy on a mesh, as one rank sees them.
 
     `groups`: the units of communication in forward order; the first is in use from the first to the last moment.
-    `rules`: what the tensor axis splits. ValueError for a parameter in no group or in two, and for a wrong mesh.
+    `rules`: what the tensor axis splits. `trained`: what gradients are reduced of (None: all); the rest is constant.
+    `made`: what the parameters of a group, by full name, become just before it computes; called again where they are
+    gathered again. ValueError for a parameter in no group or in two, and for a wrong mesh.
     """
 
     def __init__(
@@ -96,6 +101,8 @@ class Layout:
         shapes: Mapping[str, Shape],
         groups: Mapping[str, Sequence[str]],
         rules: Rules = (),
+        trained: Container[str] | None = None,
+        made: Made | None = None,
     ) -> None:
         check_axes(strategy, mesh.shape)
         _check_groups(shapes, groups)
@@ -108,6 +115,11 @@ class Layout:
         self.groups = {g: Pack(tuple(self._slot(k) for k in names), n) for g, names in groups.items()}
         self.group_of = {s.name: g for g, pack in self.groups.items() for s in pack.slots}
         self.slot_of = {s.name: s for pack in self.groups.values() for s in pack.slots}
+        self.trained = dict.fromkeys(k for k in self.shapes if trained is None or k in trained)
+        self.partly = {g for g, pack in self.groups.items() if any(s.name not in self.trained for s in pack.slots)}
+        own = (i for i, p in enumerate(self.groups.values()) if any(s.name in self.trained for s in p.slots))
+        self.lowest = min(own, default=0)
+        self.made = made
         self.typical = self._typical()
         self.buckets = list(self._buckets(n))
         self.bucket_of = {s.name: b for b in self.buckets for s in b.slots}
@@ -144,7 +156,8 @@ class Layout:
         most = min(MOST, itemsize * self.typical // 4) if asked == "auto" else asked or 0
         few: list[Slot] = []
         size = 0
-        for slot in (s for g in reversed(self.group_names) for s in reversed(self.groups[g].slots)):
+        slots = (s for g in reversed(self.group_names) for s in reversed(self.groups[g].slots))
+        for slot in (s for s in slots if s.name in self.trained):
             nbytes = itemsize * n * slot.width
             if nbytes > most:
                 yield Pack((slot,), n)
@@ -189,7 +202,7 @@ class Layout:
         numbers = {id(b): str(i) for i, b in enumerate(self.buckets)}
         return [
             (k, _times(s), repr(self.specs[k]), _times(self.local_shape(k)), self.group_of[k],
-             numbers[id(self.bucket_of[k])])
+             numbers[id(self.bucket_of[k])] if k in self.trained else "")
             for k, s in self.shapes.items()
         ]  # fmt: skip
 
