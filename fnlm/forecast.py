@@ -20,15 +20,15 @@ from fnlm.config import Compute, ModelConfig, TrainConfig
 from fnlm.forward import Use
 from fnlm.losses import make_lm_loss
 from fnlm.optim.base import needs, rewrite
-from fnlm.params import shapes
 from fnlm.presets import optimizer_of, trained_model
-from fnlm.sharded import axes_of, layout_of
+from fnlm.sharded import axes_of, layout_of, lowered, with_resting
 from fnlm.sharded_optim import shard_optimizer
 from fnlm.sharding import Book, Layout, Ranks, Strategy, mesh_for, planned, strategy
 from fnlm.sharding.memory import Peak
 from fnlm.sharding.shapes import Remembered
 from fnlm.sharding.traffic import sent
 from fnlm.step import Loss, Plan, value_and_grad
+from fnlm.trainable import subset_of
 from fnlm.types import Batch, Key, Params, Transform, Tree
 
 FEWEST = 3  # micro-batches after which each further one does what the one before the last did
@@ -37,10 +37,10 @@ FEWEST = 3  # micro-batches after which each further one does what the one befor
 class Forecast(NamedTuple):
     """One rank's training step, in bytes.
 
-    `parameters`, `gradients` and `optimizer_state` are what rests here; `activations` what one micro-batch's forward
-    keeps for its backward; `peak` the most that is alive at once during the forward and backward pass, state included.
-    `sent` is what leaves this rank in a step, by axis, where each collective goes around a ring; `collectives` their
-    number.
+    `parameters`, `gradients` (of what is trained) and `optimizer_state` are what rests here; `activations` what one
+    micro-batch's forward keeps for its backward; `peak` the most that is alive at once during the forward and backward
+    pass, state included. `sent` is what leaves this rank in a step, by axis, where each collective goes around a ring;
+    `collectives` their number.
     """
 
     strategy: str
@@ -64,25 +64,31 @@ def forecast(
 ) -> Forecast:
     """What one rank of a mesh will hold and send; `train.batch_size` rows are each rank's own in a micro-batch.
 
-    Of `train` are used batch_size, micro_batches, precision, dropout and the optimizer. PyTorch's own reducer is
-    counted as ours in buckets. ValueError for a mesh that the strategy or the model cannot have.
+    Of `train` are used batch_size, micro_batches, precision, dropout, the optimizer, and what is trained. PyTorch's own
+    reducer is counted as ours in buckets. ValueError for a mesh that the strategy or the model cannot have.
     """
     row, book = strategy(how), Book()
     mesh = planned(mesh_for(row, prod(shape.values()), shape), rank)
     cfg = trained_model(cfg, train)
-    layout = layout_of(cfg, replace(row, reducer="own"), mesh.counted(book))
-    params = {name: torch.empty(layout.local_shape(name), device="meta") for name in layout.shapes}
+    subset = subset_of(cfg, train)
+    layout = layout_of(cfg, replace(row, reducer="own"), mesh.counted(book), subset)
+    params, resting = subset.parted({k: torch.empty(layout.local_shape(k), device="meta") for k in layout.shapes})
+    plan = Plan(train.precision, min(train.micro_batches, FEWEST))
+    low = lowered(resting, plan, layout)
     tokens = torch.zeros(train.batch_size, seq_len or cfg.seq_len, dtype=torch.long, device="meta")
     pieces = [Batch(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32))] * min(train.micro_batches, FEWEST)
-    with Peak([*params.values(), *pieces[0]]) as seen, Remembered():
-        loss = _Watched(make_lm_loss(cfg, Compute(), axes_of(layout)), seen, book, cfg.has_dropout)
-        plan = Plan(train.precision, len(pieces), ranks=Ranks(layout, local=True))
-        _, grads = value_and_grad(loss, plan)(params, pieces)
+    with Peak([*params.values(), *low.values(), *pieces[0]]) as seen, Remembered():
+        inner = with_resting(make_lm_loss(cfg, Compute(), axes_of(layout)), low, layout)
+        loss = _Watched(inner, seen, book, cfg.has_dropout, low)
+        run = value_and_grad(loss, replace(plan, ranks=Ranks(layout, local=True, resting=low)))
+        _, grads = run(params, pieces)
     if more := train.micro_batches - len(pieces):
         _, begin, end = loss.marks
         book[end:end] = book[begin:end] * more
     state = _update(optimizer_of(train, cfg), layout, params, grads)
-    rest = bytes_of(params.values()), bytes_of(grads.values()), bytes_of(tree.flatten(state).values())
+    copies = (x for k, x in low.items() if x is not resting[k])
+    held = bytes_of([*params.values(), *resting.values(), *copies])
+    rest = held, bytes_of(grads.values()), bytes_of(tree.flatten(state).values())
     return Forecast(row.name, rank, *rest, loss.kept, rest[0] + rest[2] + seen.peak, sent(book), len(book))
 
 
@@ -93,16 +99,17 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def checkpoint_bytes(cfg: ModelConfig, train: TrainConfig) -> int:
     """A whole checkpoint, of all ranks together: parameters and the optimizer's state."""
-    params = {name: torch.empty(shape, device="meta") for name, shape in shapes(cfg).items()}
-    state = optimizer_of(train, cfg).init(params)
+    subset = subset_of(cfg, train)
+    params = {name: torch.empty(shape, device="meta") for name, shape in subset.sizes.items()}
+    state = optimizer_of(train, cfg).init(subset.parted(params)[0])
     return bytes_of(params.values()) + bytes_of(tree.flatten(state).values())
 
 
 class _Watched:
     """A loss that notes where in the book each micro-batch begins, and what the first forward keeps."""
 
-    def __init__(self, loss: Loss, seen: Peak, book: Book, dropout: bool) -> None:
-        self.loss, self.seen, self.book, self.dropout = loss, seen, book, dropout
+    def __init__(self, loss: Loss, seen: Peak, book: Book, dropout: bool, resting: Params) -> None:
+        self.loss, self.seen, self.book, self.dropout, self.resting = loss, seen, book, dropout, resting
         self.marks: list[int] = []
         self.kept = 0
 
@@ -110,7 +117,7 @@ class _Watched:
         self.marks.append(len(self.book))
         rows = batch.tokens.shape[0]
         key = torch.empty(rows, 2, dtype=torch.long, device="meta") if self.dropout else None
-        before, gathered = self.seen.now, Gathered(use, params.values())
+        before, gathered = self.seen.now, Gathered(use, [*params.values(), *self.resting.values()])
         value = self.loss(params, batch, key, gathered)
         if len(self.marks) == 1:
             self.kept = self.seen.now - before - gathered.alive()

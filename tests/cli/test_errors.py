@@ -66,7 +66,7 @@ MISTAKES = [
     ("train demo data/tale lora=4 freeze=embed", USAGE, r"with lora all parameters are frozen .*"),
     ("train demo data/tale lora=4 lora_targets=atn", USAGE, r"lora_targets has 'atn', .*; did you mean 'attn'\?"),
     ("train demo data/tale lora_alpha=4", USAGE, r"lora_alpha and lora_targets are of adapters; .*"),
-    ("train demo data/tale lora=4 --simulate 2 --strategy zero1", USAGE, r"lora=4 trains part of the model, on one .*"),
+    ("train demo data/tale lora=4 --simulate 2 --strategy ddp", USAGE, r"strategy ddp is PyTorch's own reducer .*"),
     ("train demo data/tale length=4000", USAGE, r"length=4000 is more than seq_len=.*"),
     # other people's models
     ("plan --model gtp2 --mesh data=4", USAGE, r"there is no preset 'gtp2'; did you mean 'gpt2'\?.*"),
@@ -346,7 +346,7 @@ def test_a_full_disk_ends_a_preparation(workplace: Path) -> None:
 def test_a_full_disk_ends_a_run_that_cannot_be_saved(prepared_once: Path) -> None:
     words = ["train", "demo", "data/tale", "--out", "runs/full", "--quiet", *TINY]
     done = process(prepared_once, *words, longest_file=20_000)
-    line = the_error(done.returncode, BAD, done.stdout, done.stderr)
+    line = the_error(done.returncode, FAILURE, done.stdout, done.stderr)
     assert re.fullmatch(r"cannot save runs/full/checkpoints/\d{8}: File too large", line)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import fnlm
-from fnlm import loop, lora, trained
+from fnlm import loop, lora, trainable, trained
 from fnlm.checkpoint import CheckpointError
 from fnlm.data import Dataset
 from fnlm.evaluate import evaluate
+from fnlm.sharding import parse_mesh
+from fnlm.track import Many, Progress
 from tests import tiny_runs as tiny
 
 
@@ -29,7 +33,9 @@ def saved(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def job(dataset: Dataset, folder: Path, **more: Any) -> loop.Job:
-    run = {name: more.pop(name) for name in ("patience", "guard", "sample_every", "keep") if name in more}
+    run = {
+        name: more.pop(name) for name in ("patience", "guard", "guard_limit", "sample_every", "keep") if name in more
+    }
     cfg = tiny.model(dataset)
     base = fnlm.init_params(cfg, fnlm.key(7))
     return tiny.job(dataset, folder, tiny.training(**more), cfg, params=base, **run)
@@ -116,9 +122,64 @@ def test_adapters_roll_back(dataset: Dataset, tmp_path: Path, monkeypatch: pytes
     assert "rollback" in events
 
 
-def test_several_ranks_are_refused(dataset: Dataset, tmp_path: Path) -> None:
-    for what, says in (({"lora": 2}, "lora=2"), ({"freeze": "embed"}, "freeze=embed")):
-        begun = job(dataset, tmp_path, **what)
-        run = replace(begun.run, strategy="zero1")
-        with pytest.raises(ValueError, match=f"{says} trains part of the model, on one process"):
-            loop.mesh_of(begun.cfg, begun.train, run, 2, threads=True)
+def together(job: loop.Job, strategy: str, mesh: str, trackers: Any = ()) -> loop.Outcome:
+    """The run of a job by the ranks of a mesh as threads."""
+    run = replace(job.run, strategy=strategy, mesh=mesh, timeout=20)
+    shape = loop.mesh_of(job.cfg, job.train, run, math.prod(parse_mesh(mesh).values()), threads=True)
+    with Progress(job.train.steps, quiet=True, stream=io.StringIO()) as progress:
+        return loop.simulated(replace(job, run=run), Many(trackers), progress, shape)
+
+
+ELSEWHERE = (
+    {"lora": 3, "ema": 0.9, "dropout": 0.1},
+    pytest.param({"freeze": "embed,blocks.0", "lr_scale": "norm=0.1", "layer_decay": 0.8}, marks=pytest.mark.slow),
+)
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_ranks_train_a_part_and_go_on_elsewhere(dataset: Dataset, tmp_path: Path, what: dict[str, Any]) -> None:
+    """zero3, then data x tensor, then one process: losses, evaluations, samples and checkpoints of one process."""
+    one, many = (job(dataset, tmp_path / name, sample_every=4, **what) for name in ("one", "many"))
+    tiny.fit(one)
+    first = together(replace(many, until=4), "zero3", "data=4")
+    assert sorted(p.name for p in first.checkpoint.glob("params-*"))
+    second = together(replace(many, params=None, resume=first.checkpoint, until=8), "zero1", "data=2,tensor=2")
+    last = tiny.fit(replace(many, params=None, resume=second.checkpoint))
+    for key in ("train/loss", "val/loss", "train/grad_norm"):
+        a, b = ({row["step"]: row[key] for row in tiny.rows(x, key)} for x in (one, many))
+        assert a == pytest.approx(b, abs=1e-5), key
+    want, got = (tiny.state_of(x.folder / "checkpoints" / "00000012") for x in (one, many))
+    assert {k: x.shape for k, x in want.items()} == {k: x.shape for k, x in got.items()}
+    assert many.params is not None
+    rests = tiny_subset(many).rests
+    assert all(torch.equal(got[f"params/{k}"], p) for k, p in many.params.items() if rests(k))
+    assert max(float((want[k].double() - got[k].double()).abs().max()) for k in want) < 1e-4
+    assert last.reason == "finished"
+    assert evaluate(trained.load(many.folder, "newest").params, many.cfg, dataset.val).loss == pytest.approx(
+        tiny.rows(one, "val/loss")[-1]["val/loss"], abs=1e-5
+    )
+    assert {p.name for p in (many.folder / "samples").iterdir()} == {p.name for p in (one.folder / "samples").iterdir()}
+
+
+def tiny_subset(job: loop.Job) -> trainable.Subset:
+    return trainable.subset_of(job.cfg, job.train)
+
+
+def test_a_rollback_of_ranks_with_adapters(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = loop.Guard.reason
+
+    def once(self: loop.Guard, *x: float) -> str | None:
+        said = reason(self, *x)
+        return "bad" if len(self.state()["loss"]) == 6 else said
+
+    monkeypatch.setattr(loop.Guard, "reason", once)
+    begun = job(dataset, tmp_path, steps=7, lora=3, guard="rollback", guard_limit=1)
+    outcome = together(begun, "zero2", "data=2")
+    assert "back to step 4" in tiny.rows(begun, "event")[1]["message"]
+    assert outcome.step >= 6
+
+
+def test_what_ranks_cannot_do_with_a_part(dataset: Dataset, tmp_path: Path) -> None:
+    begun = job(dataset, tmp_path, lora=2)
+    with pytest.raises(ValueError, match=r"strategy ddp is PyTorch's reducer, .* only 24 of \d+ are .* ddp_bucketed"):
+        loop.mesh_of(begun.cfg, begun.train, replace(begun.run, strategy="ddp"), 2)
