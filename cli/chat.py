@@ -88,6 +88,8 @@ def only(path: Path, precision: Precision, quantize: bits.Quantized | None) -> t
     models = Models([path], precision=precision, quantize=quantize and bits.BITS[quantize])
     about = list(models.about().values())
     if not about:
+        if (path / "checkpoints").is_dir():
+            trained.locate(path)  # says how far it is
         raise CheckpointError(f"{path} holds no model; train one with 'fnlm train' first")
     if len(about) > 1:
         names = ", ".join(str(path / a.name) for a in about[:20])

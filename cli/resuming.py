@@ -15,7 +15,7 @@ from cli.carrying import carry_out
 from cli.options import NAMES, Wish
 from cli.training import check, described, fingerprint, job_of, say_to_stderr
 from fnlm import data, loop
-from fnlm.checkpoint import CheckpointError
+from fnlm.checkpoint import CheckpointError, describe
 from fnlm.data import DataError, Dataset
 from fnlm.loop import Settings
 from fnlm.loop.folder import held
@@ -73,11 +73,19 @@ def same_data(found: Found, dataset: Dataset) -> None:
         )
 
 
+def further(found: Found, done: int) -> str:
+    """The words that let a run that has finished go on, for half as long again."""
+    return f"fnlm train --resume {found.folder} steps={done + max(1, done // 2)}"
+
+
 def continued(found: Found, wish: Wish) -> int:
     """Go on with a run."""
     settings = resumed(found, wish)
     dataset = data.open(wish.data or found.config["data"])
     same_data(found, dataset)
+    done, steps = int(describe(found.checkpoint)["step"]), settings[1].steps
+    if done >= steps and ranks.is_lead():
+        say_to_stderr(wish.quiet)(f"{found.folder} has done its {steps} steps; to go on: {further(found, done)}")
     kept = {key: found.config.get(key) for key in ("preset", "init_from")}
     kept |= {key: found.config[key] for key in ("interop",) if key in found.config}
     config = described(settings, dataset, **kept)

@@ -78,7 +78,8 @@ def schedule_of(train: TrainConfig, peak: float) -> optim.Schedule:
     if train.schedule == "linear":
         return optim.warmup_linear(peak, train.warmup, train.steps, floor)
     if train.schedule == "wsd":
-        decay = max(1, train.steps // 5) if train.decay_steps is None else train.decay_steps
+        usual = max(1, min(train.steps // 5, train.steps - train.warmup))
+        decay = usual if train.decay_steps is None else train.decay_steps
         return optim.warmup_stable_decay(peak, train.warmup, train.steps, decay, floor)
     if train.schedule == "inverse-sqrt":
         return optim.inverse_sqrt(peak, train.warmup)

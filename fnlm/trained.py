@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,7 @@ from fnlm.types import Params
 
 Which = Literal["best", "newest"]
 SHOWN = 5  # folders that a message names
+TAIL = 1 << 14  # bytes of a log's end, in which its last step stands
 
 
 class Trained(NamedTuple):
@@ -156,7 +158,25 @@ def locate(path: str | Path, which: Which = "best") -> Path:
             return marked
         except CheckpointError:  # damaged since it was marked: the newest good one is said by `resolve`
             pass
-    return checkpoint.resolve(path, "params")
+    try:
+        return checkpoint.resolve(path, "params")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_progress(folder.parent)}") from error
+
+
+def _progress(run: Path) -> str:
+    """How far a run without a checkpoint is, by the end of its log; empty where it has none."""
+    log, config = run / "metrics.jsonl", run / "config.json"
+    if not log.is_file() or not config.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL))
+        steps = re.findall(rb'"step": (\d+)', file.read())
+    every = json.loads(config.read_text(encoding="utf-8")).get("run", {}).get("save_every")
+    if not steps:
+        return ""
+    saves = f" and it saves one each save_every={every} steps" if every else ""
+    return f"; its log is at step {int(steps[-1])}{saves}: wait for the first, or train it anew with --force"
 
 
 def _nearest(name: str, siblings: list[str]) -> str:

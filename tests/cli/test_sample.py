@@ -211,3 +211,24 @@ def test_a_text_slides() -> None:
     assert (one["tokens"], one["finish"]) == (100, "length")
     (long,) = json.loads(good(*words, "--prompt", "a" * 70, "--keep", "0"))["samples"][1:]
     assert (long["tokens"], long["prompt_tokens"]) == (100, 70)
+
+
+def test_a_run_without_a_checkpoint_says_how_far_it_is(models: Path) -> None:
+    (models / "young" / "checkpoints" / "00000009").mkdir(parents=True)
+    (models / "young" / "config.json").write_text('{"run": {"save_every": 50}}')
+    (models / "young" / "metrics.jsonl").write_text('{"time": 1, "step": 11}\n{"time": 2, "step": 12, "train/lo')
+    result = fnlm("young")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (
+        4,
+        "error: young/checkpoints holds no complete checkpoint; its log is at step 12 and it saves one each "
+        "save_every=50 steps: wait for the first, or train it anew with --force",
+    )
+
+
+def test_of_many_folders_the_nearest_are_named(models: Path) -> None:
+    for i in range(300):
+        (models / "many" / f"run-{i:03d}").mkdir(parents=True)
+    assert fnlm("many/run-0077").stderr == "error: there is no many/run-0077; did you mean 'run-077'?\n"
+    said = fnlm("many/elsewhere").stderr
+    assert said.startswith("error: there is no many/elsewhere; choose from the 300 folders there, such as run-")
+    assert said.count("run-") == 5

@@ -181,6 +181,7 @@ def test_a_run_resumes_in_place_and_is_not_overwritten(place: Path, run: Run) ->
     train(run, "steps=6", "eval_every=3", "--out", "runs/a")
     assert "continue it with --resume" in train(run, "steps=6", "--out", "runs/a", expect=2)
     text = train(run, "steps=6", "--out", "runs/a", "--resume")  # finished: nothing to do
+    assert "runs/a has done its 6 steps; to go on: fnlm train --resume runs/a steps=9\n" in text
     assert "step 6" in text
     code, out, _ = run("train", "--resume", "runs/a", "steps=9", "--json", "--quiet")
     assert (code, json.loads(out)["step"]) == (0, 9)

@@ -85,6 +85,11 @@ def test_what_a_template_changes_is_written_as_it_wants() -> None:
         assert text.startswith("<|user|>\na</s>\n<|assistant|>\nb</s>\n<|user|>\nc</s>\n<|assistant|>")
 
 
+def test_a_template_may_take_spaces_from_either_end() -> None:
+    text = ENDED.decode(learnt(LLAMA).prompt(talk(" a\n", system=" S\n")))
+    assert text.endswith("[INST] <<SYS>>\n S\n\n<</SYS>>\n\n a [/INST] ")
+
+
 def test_chatml_is_as_ever() -> None:
     t = named("byte")
     said = talk("a", "b", "c", system="S")

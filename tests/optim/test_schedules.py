@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fnlm import optim
+from fnlm.config import TrainConfig
+from fnlm.presets import schedule_of
 
 SCHEDULES = {
     "constant": optim.constant(0.3),
@@ -59,6 +61,14 @@ def test_a_tensor_count_does_not_recompile():
     values = [float(compiled(torch.tensor(t))) for t in range(0, 24, 3)]
     assert values == pytest.approx([schedule(t) for t in range(0, 24, 3)])
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(("steps", "warmup", "decay"), [(1, 0, 1), (2, 0, 1), (4, 3, 1), (10, 9, 1), (20, 2, 4)])
+def test_the_usual_decay_fits_any_run(steps, warmup, decay):
+    schedule = schedule_of(TrainConfig(steps=steps, batch_size=1, warmup=warmup, schedule="wsd", lr=1.0), 1.0)
+    wanted = optim.warmup_stable_decay(1.0, warmup, steps, decay)
+    assert [schedule(t) for t in range(steps + 1)] == [wanted(t) for t in range(steps + 1)]
+    assert (schedule(steps - 1), schedule(steps)) == (pytest.approx(1 / decay), 0.0)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ def test_instructions_that_a_template_refuses(client: FlaskClient, runs: Path) -
 
 
 def test_the_oldest_turns_are_left_out(engine: Engine) -> None:
-    contents = [f"{i}" * 20 for i in range(9)]
-    for name in NAMES:
+    for name, n in product(NAMES, (9, 11, 13, 15, 17, 19)):
+        contents = ["ab"[i % 2] * 20 for i in range(n)]
         reader = engine.models.reader(name)
         for system in (None, "S" * 9)[: 1 if name == "gemma" else 2]:
             first = talk(system=system)
@@ -172,3 +173,37 @@ def test_in_the_terminal_and_by_sample(runs: Path) -> None:
         sampled = CliRunner().invoke(cli, ["sample", str(runs / name), "--prompt", "hi there", *words, "--json"])
         (sample,) = json.loads(sampled.stdout)["samples"]
         assert (sample["text"], sample["prompt_tokens"]) == (wanted.text, wanted.prompt_tokens)
+
+
+def test_a_run_that_was_trained_by_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From nothing, so that no import brought the template: prompts, samples while it trains, and the export."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(40)]
+    Path("talks.jsonl").write_text("".join(rows))
+    Path("zephyr.jinja").write_text(ZEPHYR)
+    ENDED.save("tokenizer.json")
+    shape = [
+        "n_layers=1",
+        "n_heads=2",
+        "d_model=16",
+        "seq_len=32",
+        "batch_size=2",
+        "steps=2",
+        'sample_prompts=["who?"]',
+    ]
+    for words in (
+        ["prepare", "talks.jsonl", "--out", "data", "--tokenizer", "tokenizer.json", "--template", "zephyr.jinja"],
+        ["train", "shakespeare-char-cpu", "data", "--out", "run", "--quiet", *shape, "norm=layernorm"],
+        ["export", "run", "--out", "out", "--no-parity"],
+    ):
+        result = CliRunner().invoke(cli, words)
+        assert result.exit_code == 0, result.stderr
+    found = trained.load("run")
+    asked_for = ENDED.decode(found.dialogue.prompt(talk("who?")))
+    assert asked_for == "<|user|>\nwho?</s>\n<|assistant|>\n"
+    assert (found.is_chat, found.dialogue.learnt, found.dialogue.ends) == (True, True, {ENDED.special["</s>"]})
+    samples = next(Path("run/samples").iterdir()).read_text(encoding="utf-8")
+    assert samples.startswith(f"{asked_for}\u23f5")
+    assert Path("out/chat_template.jinja").read_text() == ZEPHYR
+    assert json.loads(Path("out/generation_config.json").read_text())["eos_token_id"] == ENDED.special["</s>"]
+    assert trained.load("out").dialogue.text == ZEPHYR
