@@ -33,6 +33,12 @@ TEMPLATE = ("template", "eot_within")
 Say = Callable[[str], None]
 
 
+class NoRoom(ValueError):
+    """The disk has no room for so many tokens."""
+
+    exit_code = 3
+
+
 class Part(NamedTuple):
     """A folder and its weight."""
 
@@ -71,10 +77,12 @@ def mix(
 
     `tokens` of training in all; None: as many as there are without taking a document twice. With more than that, the
     documents of a folder that is used up come again, in another order. Validation is mixed likewise, never repeated.
-    Raises DataError for folders of different tokenizers or kinds.
+    Raises DataError for folders of different tokenizers or kinds, NoRoom where `tokens` do not fit on the disk.
     """
     sets = [opened(part.folder) for part in parts]
     _check(sets)
+    dtype = max((s.manifest["dtype"] for s in sets), key=lambda name: np.dtype(name).itemsize)
+    _check_room(out, (tokens or 0) * np.dtype(dtype).itemsize)
     sources = [{"path": p.folder, "weight": p.weight, "sha256": _digests(s)} for p, s in zip(parts, sets, strict=True)]
     about = {"settings": {"mix": seed, "tokens": tokens}, "source": sources}
     if any(s.folder.resolve() == out.resolve() for s in sets):
@@ -88,7 +96,6 @@ def mix(
             first = sets[0].manifest
             sets[0].tokenizer.save(stage)
             kept = {name: first[name] for name in ("format", "eot_id", "kind", "tokenizer", *TEMPLATE) if name in first}
-            dtype = max((s.manifest["dtype"] for s in sets), key=lambda name: np.dtype(name).itemsize)
             size = max(s.manifest["vocab_size"] for s in sets)
             made = {name: _split(stage, name, parts, sets, (dtype, size), tokens, seed) for name in SPLITS}
             manifest = {
@@ -113,6 +120,14 @@ def _check(sets: Sequence[Dataset]) -> None:
         for name in ("kind", "prefix", *TEMPLATE):
             if other.manifest.get(name) != first.manifest.get(name):
                 raise DataError(f"{other.folder} and {first.folder} differ in {name}; they do not mix")
+
+
+def _check_room(out: Path, size: int) -> None:
+    """Raises NoRoom where `size` bytes are more than is free where `out` will be."""
+    there = next((folder for folder in out.absolute().parents if folder.is_dir()), Path("."))
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise NoRoom(f"--tokens would take {size:,} bytes, {there} has {free:,} free; choose fewer, or another --out")
 
 
 def _digests(one: Dataset) -> list[str]:

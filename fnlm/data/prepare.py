@@ -87,7 +87,7 @@ def prepare(
     check_files(todo.paths + todo.val)
     about = {"settings": _settings(todo), "source": sources}
     with staging.held(todo.out):
-        if not force and (manifest := staging.done(todo.out, about)):
+        if not force and (manifest := staging.done(todo.out, about)) and _same_tokenizer(todo, manifest):
             say(f"{todo.out} is already prepared from {'this' if todo.written else 'these files'}")
             return manifest
         stage = staging.stage_of(todo.out, about, force, say)
@@ -187,6 +187,14 @@ def _pour(blocks: Iterable[Block], sinks: dict[str, Sink], total: int, progress:
             last = monotonic()
         progress(min(done, total - 1), total)
     progress(total, total)
+
+
+def _same_tokenizer(todo: Preparation, manifest: dict[str, Any]) -> bool:
+    """Whether the file that `tokenizer` names, if it is one, is still that of a folder."""
+    if todo.tokenizer.partition(":")[0] in tokenizers.NAMES:
+        return True
+    named = tokenizers.extended(tokenizers.load(todo.tokenizer), todo.special)
+    return bool(named.sha256 == manifest["tokenizer"]["sha256"])
 
 
 def _sources(todo: Preparation) -> list[dict[str, Any]]:

@@ -145,6 +145,12 @@ def test_what_a_template_wrote_keeps_it(tmp_path: Path) -> None:
         data.mix([Part(own[0], 0.5), Part(plain, 0.5)], tmp_path / "none")
 
 
+def test_more_than_the_disk_has_is_refused(two: list[str], tmp_path: Path) -> None:
+    with pytest.raises(mixing.NoRoom, match=r"--tokens would take 2,000,.* bytes, .* has .* free; choose fewer"):
+        data.mix([Part(two[0], 0.5), Part(two[1], 0.5)], tmp_path / "new" / "out", tokens=10**18)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_part_is_not_replaced_by_the_mixture(two: list[str]) -> None:
     before = data.open(two[0]).manifest
     with pytest.raises(ValueError, match=r"--out .*a is mixed itself; choose another"):

@@ -482,6 +482,18 @@ def test_a_long_document_is_cut(fraction: float, tmp_path: Path, monkeypatch: py
     list(data.verify(tmp_path / "out"))
 
 
+def test_another_tokenizer_by_the_same_path_is_other_data(tmp_path: Path) -> None:
+    file, named = jsonl(tmp_path / "a.jsonl", [{"text": f"a {i}"} for i in range(9)]), tmp_path / "named"
+    data.prepare(todo(file, named, tokenizer="byte"))
+    data.prepare(todo(file, tmp_path / "out", tokenizer=str(named)))
+    said: list[str] = []
+    data.prepare(todo(file, tmp_path / "out", tokenizer=str(named)), said.append)
+    assert said == [f"{tmp_path / 'out'} is already prepared from these files"]
+    data.prepare(todo(file, named, tokenizer="char"), force=True)
+    with pytest.raises(ValueError, match="already holds other data"):
+        data.prepare(todo(file, tmp_path / "out", tokenizer=str(named)))
+
+
 def test_the_same_files_with_val_are_other_data(tmp_path: Path) -> None:
     a, b = (jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n}{i}"} for i in range(9)]) for n in "ab")
     data.prepare(Preparation((str(a), str(b)), tmp_path / "out", "byte"))
