@@ -96,6 +96,8 @@ def command(
     """
     if not paths:
         raise click.UsageError("name a file, a folder or a pattern to prepare", click.get_current_context())
+    if show and as_json:
+        raise click.UsageError("--show prints text; leave --json out", click.get_current_context())
     prepared = len(paths) == 1 and (Path(paths[0]) / "manifest.json").is_file()
     if verify:
         for line in chain(*map(data.verify, paths)):
@@ -114,7 +116,7 @@ def command(
         first = Preparation(
             paths, out or Path("data") / name_of(paths), tokenizer, val, val_fraction, special, npy, dtype
         )
-        todo = preparations(replace(first, wanted=wanted, template=template and template_of(template)))
+        todo = preparations(replace(first, wanted=wanted, template=template_of(template) if template else None))
     for one in todo:
         with progress_bar() as progress:
             data.prepare(one, say, progress, force)

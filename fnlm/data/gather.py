@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -96,7 +97,7 @@ def replace(file: Path, content: Any) -> None:
 
 def _rows(stream: Stream, wanted: Wanted, at: dict[str, Any]) -> Iterator[Row]:
     """Those of the hosts that are wanted, as many as are wanted."""
-    left = None if wanted.documents is None else wanted.documents - (at["taken"] - at["before"])
+    left = None if wanted.documents is None else min(wanted.documents - (at["taken"] - at["before"]), sys.maxsize)
     rows = stream.rows(at["state"])
     if wanted.domains:
         rows = (row for row in rows if is_from(row, wanted.domains))

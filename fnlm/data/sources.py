@@ -174,13 +174,15 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
                 raise DataError(f"{file}: byte {at} (line {number}) is not UTF-8 ({error.reason})") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{file}, line {number} is not JSON: {error.msg} at column {error.colno}") from error
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+                raise DataError(f"{file}, line {number} cannot be read: {error}") from error
             offset += len(line)
 
 
 def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(file.read_bytes().decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from error
     if not isinstance(rows, list):
         raise DataError(f"{file} is not a list of objects; one object a line is .jsonl")

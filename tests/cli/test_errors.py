@@ -100,6 +100,10 @@ MISTAKES = [
     ("prepare empty.txt", BAD, r"empty\.txt is empty"),
     ("prepare latin1.txt", BAD, r"latin1\.txt: byte 1 is not UTF-8 \(.*\); convert the file first"),
     ("prepare broken.jsonl", BAD, r"broken\.jsonl, line 2 is not JSON: .*"),
+    ("prepare deep.jsonl", BAD, r"deep\.jsonl, line 1 cannot be read: .*"),
+    ("prepare deep.json", BAD, r"deep\.json is not JSON: .*"),
+    ("prepare digits.jsonl", BAD, r"digits\.jsonl, line 2 cannot be read: Exceeds the limit .*"),
+    ("prepare data/tale --show 1 --json", USAGE, r"--show prints text; leave --json out; see .*"),
     ("prepare torn.parquet", BAD, r"torn\.parquet is not a whole \.parquet file: .*"),
     ("prepare tale.txt --out data/new --tokenizer bpe:9", USAGE, r"vocab_size=9 has no room for 256 bytes .*"),
     ("prepare tale.txt --out data/new --tokenizer gtp2", USAGE, r"there is no tokenizer 'gtp2'; did you mean 'gpt2'\?"),
@@ -211,6 +215,9 @@ def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "broken.toml").write_text("lr = = 3\n")
     (here / "odd.yaml").write_text("train:\n  lrr: 3\n")
     (here / "broken.jsonl").write_text('{"text": "good"}\n{"text": "bad\n')
+    for name in ("deep.json", "deep.jsonl"):
+        (here / name).write_text("[" * 100_000 + "]" * 100_000)
+    (here / "digits.jsonl").write_text('{"text": "good"}\n{"text": ' + "9" * 5000 + "}\n")
     (here / "silent.jsonl").write_text('{"messages": [{"role": "user", "content": "anybody?"}]}\n' * 2)
     (here / "torn.parquet").write_bytes(b"PAR1 and no more")
     (here / "runs" / "empty").mkdir(parents=True)

@@ -349,6 +349,8 @@ def test_what_steps_did_is_in_the_manifest(tmp_path: Path) -> None:
     }
     assert sum(split["documents"] for split in made["splits"].values()) == 61
     assert made["settings"]["clean"] == ["exact", "pii", "minhash"]
+    more = data.prepare(todo(file, tmp_path / "more", wanted=Wanted(documents=10**30)))
+    assert sum(split["documents"] for split in more["splits"].values()) == 73
 
 
 def test_left_in_order(tmp_path: Path) -> None:
