@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fnlm import native
-from fnlm.attention import Places, alibi_slopes, scale
+from fnlm.attention import Places
 from fnlm.cache import KVCache, init_cache, picked
+from fnlm.cached import bias_at, bias_of, each_at, look
 from fnlm.collectives import LOCAL, Axes, psum, pvary
 from fnlm.config import Compute, ModelConfig
 from fnlm.forward import embed, norm, reach, shape_logits, turn
@@ -33,7 +34,8 @@ _PLAIN = Compute(kernels="plain")
 class _Step(NamedTuple):
     """Where the new tokens of one call lie: `at` (B, T) positions; `start` of all rows where they agree, else None and
     `put` (rows, positions, index into B T) of the valid ones; `seen` the cached positions anyone looks at; `bias` on
-    their scores (B, H_kv or 1, G or 1, T, s), None where all is seen; `each` the rows that are looked at one by one."""
+    the scores of the last s of them (B, H_kv or 1, G or 1, T, s), None where all is seen; `each` the rows that are
+    looked at one by one."""
 
     at: Tensor
     start: int | None
@@ -73,11 +75,12 @@ def decode(
         before = _tokens_before(cache, cfg)
         _write_(cache.tokens[:, None, :, None], tokens[..., None, None], step)
     x = embed(ready.root, tokens, cfg, None, axes, before, step.at)
-    for p, k, v in zip(ready.blocks, cache.k.unbind(0), cache.v.unbind(0), strict=True):
-        x = _block(p, x, cfg, step, k, v, axes)
     new = tokens.shape[1] if lengths is None else lengths.to(cache.pos)
-    if not every:
-        x = x[:, -1] if isinstance(new, int) else x[torch.arange(len(x), device=x.device), (new - 1).clamp(min=0)]
+    last = None if every else (cache.pos.new_full((len(x),), new) if isinstance(new, int) else new).clamp(min=1) - 1
+    blocks = list(zip(ready.blocks, cache.k.unbind(0), cache.v.unbind(0), strict=True))
+    for p, k, v in blocks:
+        x = _block(p, x, cfg, step, k, v, axes, last if p is blocks[-1][0] else None)
+    x = x if every else x[:, 0]
     x = pvary(norm(ready.root, "norm", x, cfg), axes.tensor)
     own = "head" if "head.weight" in ready.root else "embed.tokens"
     logits = shape_logits(linear(ready.root, own, x), cfg)
@@ -183,7 +186,9 @@ def _step(
     seen = slice(first, max(used, 1))
     rotation = None if ready.rotation is None else (ready.rotation[0][at], ready.rotation[1][at])
     needs_bias = t > 1 or not (together or apart) or cfg.positions == "alibi"
-    bias = _bias(at[:1] if together else at, seen, cfg, cache.k, axes) if needs_bias else None
+    causal = together and cfg.window is None and cfg.positions != "alibi"  # nothing is hidden but of the new ones
+    told = slice(starts[0], used) if causal else seen
+    bias = bias_of(at[:1] if together else at, told, cfg, cache.k, axes) if needs_bias else None
     each = _spans(starts, counts, cfg.window) if apart else None
     return _Step(at, starts[0] if together else None, put, seen, bias, Places(rotation, (), 0), each)
 
@@ -201,34 +206,29 @@ def _valid(at: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     return index // at.shape[1], at.flatten()[index], index
 
 
-def _bias(at: Tensor, seen: slice, cfg: ModelConfig, like: Tensor, axes: Axes) -> Tensor:
-    """-inf where a key is later than the query or out of the window; ALiBi's slope times the distance."""
-    distance = (at[..., None] - torch.arange(seen.start, seen.stop, device=at.device))[:, None, None]
-    hidden = distance < 0 if cfg.window is None else (distance < 0) | (distance >= cfg.window)
-    bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-    if cfg.positions == "alibi":
-        n_kv, shared = like.shape[2], cfg.n_heads // cfg.kv_heads
-        first = axes.tensor.index * -(-cfg.n_heads // axes.tensor.size) if axes.tensor else 0
-        slopes = alibi_slopes(cfg.n_heads, like.device)[first : first + n_kv * shared]
-        bias = (-slopes.view(1, n_kv, shared, 1, 1) * distance).to(like.dtype)
-    return bias.masked_fill(hidden, -torch.inf)
-
-
 def _tokens_before(cache: KVCache, cfg: ModelConfig) -> Tensor:
     """The tokens that the next position's embedding looks back at, (B, N); V where the text has not begun."""
     at = cache.pos[:, None] + torch.arange(-reach(cfg), 0, device=cache.pos.device)
     return cache.tokens.gather(1, at.clamp(min=0)).masked_fill(at < 0, cfg.vocab_size)
 
 
-def _block(p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: Tensor, axes: Axes) -> Tensor:
-    """One transformer block, (B, T, D) -> (B, T, D), that writes its keys and values into k and v (B, H_kv, S, K)."""
-    a = _attend(p, norm(p, "attn_norm", x, cfg), cfg, step, k, v, axes)
+def _block(
+    p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: Tensor, axes: Axes, last: Tensor | None
+) -> Tensor:
+    """One transformer block, (B, T, D) -> (B, T, D), that writes its keys and values into k and v (B, H_kv, S, K).
+
+    `last` (B,): only what comes of each row's token there is wanted, (B, 1, D).
+    """
+    a = _attend(p, norm(p, "attn_norm", x, cfg), cfg, step, k, v, axes, last)
+    x = x if last is None else each_at(x, last)
     y = x if cfg.parallel_residual else x + a
     m = mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes, "plain")
     return x + a + m if cfg.parallel_residual else y + m
 
 
-def _attend(p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: Tensor, axes: Axes) -> Tensor:
+def _attend(
+    p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: Tensor, axes: Axes, last: Tensor | None
+) -> Tensor:
     qkv = linear(p, "attn.qkv", pvary(x, axes.tensor)).unflatten(-1, (-1, cfg.head_dim))
     n_kv = k.shape[1]
     n_q = qkv.shape[2] - 2 * n_kv
@@ -238,8 +238,10 @@ def _attend(p: Params, x: Tensor, cfg: ModelConfig, step: _Step, k: Tensor, v: T
     q, k_new = qk.split([n_q, n_kv], 2)
     _write_(k, k_new, step)
     _write_(v, v_new, step)
+    if last is not None:
+        q, step = each_at(q, last), step._replace(bias=bias_at(step.bias, last))
     if step.each is None:
-        y = _look(q, k[:, :, step.seen], v[:, :, step.seen], cfg, step.bias)
+        y = look(q, k[:, :, step.seen], v[:, :, step.seen], cfg, step.bias)
     else:
         y = _look_each(q, k, v, cfg, step)
     out = psum(linear(p, "attn.out", y, bias=False), axes.tensor)
@@ -256,18 +258,6 @@ def _write_(cached: Tensor, new: Tensor, step: _Step) -> None:
         cached[rows, :, positions] = new.flatten(0, 1)[index]
 
 
-def _look(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T scale + bias) v: q (B, T, H, K), k and v (B, H_kv, s, K) -> (B, T, H K)."""
-    b, t, h, d = q.shape
-    n_kv = k.shape[1]
-    shared = (q * scale(cfg)).transpose(1, 2).reshape(b, n_kv, -1, d)  # the G T queries that read the same keys
-    scores = shared @ k.mT
-    if bias is not None:
-        scores = (scores.view(b, n_kv, h // n_kv, t, -1) + bias).view(scores.shape)
-    y = scores.softmax(-1) @ v
-    return y.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
-
-
 def _look_each(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, step: _Step) -> Tensor:
     """`_look` row by row; zeros for those that rest."""
     assert step.each is not None
@@ -275,5 +265,5 @@ def _look_each(q: Tensor, k: Tensor, v: Tensor, cfg: ModelConfig, step: _Step) -
     for row, seen in step.each:
         own = slice(row, row + 1)
         bias = None if step.bias is None else step.bias[own, ..., seen]
-        y[own] = _look(q[own], k[own, :, seen], v[own, :, seen], cfg, bias)
+        y[own] = look(q[own], k[own, :, seen], v[own, :, seen], cfg, bias)
     return y

@@ -188,6 +188,16 @@ def test_a_model_split_over_ranks() -> None:
     torch.testing.assert_close(torch.cat(on_ranks(2, run), -1), want, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["plain", "alibi", "window"])
+def test_one_row_may_be_shorter_than_its_tokens(name: str) -> None:
+    cfg = fnlm.ModelConfig(**{**BASE, **{"plain": {}, "alibi": {"positions": "alibi"}, "window": {"window": 3}}[name]})
+    params = random_params(shapes(cfg))
+    tokens = random_tokens(cfg.vocab_size, 1, 7)
+    cache = init_cache(cfg, 1, dtype=torch.float64)
+    got, _ = decode(params, tokens, cfg, cache, lengths=torch.tensor([4]))
+    torch.testing.assert_close(got, fnlm.forward(params, tokens[:, :4], cfg)[:, -1], rtol=1e-10, atol=1e-10)
+
+
 def test_errors() -> None:
     cfg, params = model("plain")
     cache = init_cache(cfg, 1, 4, dtype=DOUBLE)
