@@ -88,7 +88,8 @@ class Pack:
 class Layout:
     """Specs, groups and buckets of a model under a strategy on a mesh, as one rank sees them.
 
-    `groups`: the units of communication in forward order; the first is in use from the first to the last moment.
+    `shapes` are in forward order. `groups`: the units of communication in forward order; the first is in use from the
+    first to the last moment.
     `rules`: what the tensor axis splits. `trained`: what gradients are reduced of (None: all); the rest is constant.
     `made`: what the parameters of a group, by full name, become just before it computes; called again where they are
     gathered again. ValueError for a parameter in no group or in two, and for a wrong mesh.
@@ -117,8 +118,7 @@ class Layout:
         self.slot_of = {s.name: s for pack in self.groups.values() for s in pack.slots}
         self.trained = dict.fromkeys(k for k in self.shapes if trained is None or k in trained)
         self.partly = {g for g, pack in self.groups.items() if any(s.name not in self.trained for s in pack.slots)}
-        own = (i for i, p in enumerate(self.groups.values()) if any(s.name in self.trained for s in p.slots))
-        self.lowest = min(own, default=0)
+        self.lowest = self._lowest()
         self.made = made
         self.typical = self._typical()
         self.buckets = list(self._buckets(n))
@@ -144,6 +144,18 @@ class Layout:
         parts = self.state.size if self.state and axis in spec.axes else 1
         chunk = -(-whole[dim] // parts) if whole else 1
         return Slot(name, whole, local_shape(self.shapes[name], spec, self.mesh), dim, chunk, parts)
+
+    def _lowest(self) -> int:
+        """Where the backward pass ends: the number of the first group of which something is trained.
+
+        Of the group that is always in use, only what stands before all others is used before them.
+        """
+        names, always = list(self.shapes), self.group_names[0]
+        begin = next((i for i, k in enumerate(names) if self.group_of[k] != always), len(names))
+        own = [self.group_of[k] for k in self.trained]
+        early = any(k in self.trained for k in names[:begin])
+        found = [self.group_names.index(g) for g in own if early or g != always]
+        return min(found, default=len(self.group_names))
 
     def _typical(self) -> int:
         """The elements of the largest group but the first, which is always here: what one more group costs."""

@@ -20,11 +20,12 @@ def parameter_calls(layout: Layout, micro_batches: int = 1, rest: int = 4, compu
     travel = DTYPES[s.gather_dtype].itemsize if s.gather_dtype else compute
     summed = DTYPES[s.reduce_dtype].itemsize if s.reduce_dtype else rest
     calls: Book = []
-    for group, pack in layout.groups.items():
+    for i, (group, pack) in enumerate(layout.groups.items()):
         if state is not None:
             gather = Call("all_gather", state.name, state.size, pack.parts * pack.width * travel)
             kept = not s.regather or group == layout.group_names[0]
-            calls += [gather] * (1 if kept else micro_batches * (2 if layout.regathers(group) else 1))
+            twice = layout.regathers(group) and i >= layout.lowest
+            calls += [gather] * (1 if kept else micro_batches * (2 if twice else 1))
     for bucket in layout.buckets * (micro_batches if s.accumulate == "reduced" else 1):
         if state is not None:
             calls.append(Call("reduce_scatter", state.name, state.size, bucket.parts * bucket.width * summed))
