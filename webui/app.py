@@ -159,9 +159,13 @@ def _pages(app: Flask, engine: Engine) -> None:
     def told(about: About) -> dict[str, Any]:
         """A model, whether it has a page as a run, and the checkpoints that can be asked for as NAME@STEP."""
         found = model_object(about)
-        kept = sorted(engine.models.saved(about.name), key=lambda a: a.step)
+        try:
+            kept = sorted(engine.models.saved(about.name), key=lambda a: a.step)
+            run = follow.is_run(engine.models.where(about.name))
+        except KeyError:  # taken away at this moment
+            kept, run = [], False
         saved = [{"name": a.name, "step": a.step, "loss": a.loss, "saved": a.saved} for a in kept]
-        found["fnlm"] |= {"run": follow.is_run(engine.models.where(about.name)), "checkpoints": saved}
+        found["fnlm"] |= {"run": run, "checkpoints": saved}
         return found
 
     @app.get("/v1/models")

@@ -59,6 +59,17 @@ def test_models(client: FlaskClient) -> None:
     assert error(client.get("/v1/models/none"), 404)["code"] == "model_not_found"
 
 
+def test_a_run_that_is_taken_away_while_models_are_listed(
+    client: FlaskClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, listed = engine.models.paths(), engine.models.about()
+    monkeypatch.setattr(engine.models, "about", lambda asked=None: listed)
+    monkeypatch.setattr(engine.models, "paths", lambda: {})
+    found = client.get("/v1/models").get_json()["data"]
+    assert [one["id"] for one in found] == list(names)
+    assert all(not one["fnlm"]["run"] and one["fnlm"]["checkpoints"] == [] for one in found)
+
+
 def test_health(client: FlaskClient, engine: Engine) -> None:
     response = client.get("/health")
     assert response.status_code == 200
