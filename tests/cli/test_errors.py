@@ -194,6 +194,7 @@ MISTAKES = [
     ("sample runs/tiny --slide --max-new-tokens 0", USAGE, r"--slide has no end of its own; give --max-new-tokens .*"),
     ("sample runs/tiny --slide --keep 999", USAGE, r"keep=999 and half of a context of .* keep \d+ or fewer"),
     ("sample runs/tiny --speculate runs/tny", BAD, r"there is no runs/tny; did you mean 'tiny'\?"),
+    ("serve runs/tiny --max-tokens 0", USAGE, r".*'--max-tokens': 0 is not in the range .*"),
     ("serve runs/tiny --speculate runs/torn", BAD, r".*runs/torn.*"),
     ("chat runs/tiny --speculate runs/none", BAD, r"there is no runs/none.*"),
     ("sample runs/tiny --prompt FILE:none.txt", FAILURE, r"none\.txt: No such file or directory"),
