@@ -12,7 +12,8 @@ from typing import Any
 
 from fnlm import tokenizers
 from fnlm.data.gather import replace
-from fnlm.data.manifest import FILE, SPLITS, DataError, read
+from fnlm.data.manifest import FILE, SPLITS, DataError
+from fnlm.data.manifest import open as opened
 
 # All that a preparation leaves in its folder.
 WRITTEN = {FILE, tokenizers.FILE, *(f"{name}.{end}" for name in SPLITS for end in ("bin", "npy", "mask"))}
@@ -54,12 +55,12 @@ def held(out: Path) -> Iterator[None]:
 
 
 def done(out: Path, todo: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a folder that was made of just this: the same `settings` and `source`."""
+    """The manifest of a folder that was made of just this, the same `settings` and `source`, and is still whole."""
     if not (out / FILE).is_file():
         return None
     try:
-        manifest = read(out)
-    except DataError:  # what it was is not known: as any other folder that is in the way
+        manifest = opened(out).manifest
+    except DataError:  # damaged, or what it was is not known: as any other folder that is in the way
         return None
     return manifest if all(manifest.get(name) == value for name, value in todo.items()) else None
 

@@ -484,6 +484,15 @@ def test_a_long_document_is_cut(fraction: float, tmp_path: Path, monkeypatch: py
     list(data.verify(tmp_path / "out"))
 
 
+def test_a_folder_that_lost_a_file_is_not_prepared_already(tmp_path: Path) -> None:
+    one = todo(jsonl(tmp_path / "a.jsonl", [{"text": f"a {i}"} for i in range(9)]), tmp_path / "out")
+    made = data.prepare(one)
+    (tmp_path / "out" / "train.bin").unlink()
+    with pytest.raises(ValueError, match=r"already holds other data; .* --force to replace it"):
+        data.prepare(one)
+    assert data.prepare(one, force=True)["splits"] == made["splits"]
+
+
 def test_another_tokenizer_by_the_same_path_is_other_data(tmp_path: Path) -> None:
     file, named = jsonl(tmp_path / "a.jsonl", [{"text": f"a {i}"} for i in range(9)]), tmp_path / "named"
     data.prepare(todo(file, named, tokenizer="byte"))
