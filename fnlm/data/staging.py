@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fnlm import tokenizers
 from fnlm.data.gather import replace
@@ -32,26 +32,37 @@ def held(out: Path) -> Iterator[None]:
 
     The system lets go of it when the process dies, however it dies. Where there are no such locks nothing is held.
     """
+    if out.name in ("", ".."):
+        raise ValueError(f"--out {out} has no name of its own; choose one such as data/NAME")
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    if out.name in ("", ".."):
-        raise ValueError(f"--out {out} has no name of its own; choose one such as data/NAME")
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_name(f".{out.name}.lock")
+    busy = Busy(f"another process prepares {out}; let it end, or choose another --out")
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Busy(f"another process prepares {out}; let it end, or choose another --out") from error
+            raise busy from error
         except OSError:  # a file system without locks
             pass
+        if not _is_at(file, lock):  # another one removed it between opening and locking: a third may have a new one
+            raise busy
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _is_at(file: IO[str], place: Path) -> bool:
+    """Whether an open file is still the one that lies there."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), place.stat())
+    except OSError:
+        return False
 
 
 def done(out: Path, todo: dict[str, Any]) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from fnlm import cleaning, data
-from fnlm.data import CORPORA, DataError, Preparation, Wanted, corpora, streams
+from fnlm.data import CORPORA, DataError, Preparation, Wanted, corpora, staging, streams
 from fnlm.data.corpora import Hub, Web
 from fnlm.data.streams import SourceLost
 
@@ -458,6 +458,15 @@ def test_two_at_once_into_one_folder_are_refused(tmp_path: Path) -> None:
 
     data.prepare(one, progress=second)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def test_a_lock_that_was_removed_meanwhile_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    lock, flock = tmp_path / ".out.lock", fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *how: (lock.unlink(), flock(*how)))
+    with pytest.raises(staging.Busy, match="another process prepares"), staging.held(tmp_path / "out"):
+        pass
 
 
 # Documents and splits
