@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fnlm import data, loop
 from fnlm.config import Compute, ModelConfig, TrainConfig
 from fnlm.data import Dataset, Preparation
 from fnlm.loop import Job, Outcome, RunConfig
+from fnlm.loop.signals import Stop
 from fnlm.track import JsonLines, Many, Progress
 
 TEXT = "".join(
@@ -67,7 +69,10 @@ def fit_until(job: Job, step: int) -> Path:
 
 
 class Signal:
-    """A tracker that sends this process SIGTERM when it is told of a step."""
+    """A tracker that sends this process SIGTERM when it is told of a step, and waits until the run has heard of it.
+
+    The main thread hears of signals, and ranks that are other threads would go on meanwhile.
+    """
 
     def __init__(self, key: str, value: object) -> None:
         self._key, self._value, self._sent = key, value, False
@@ -75,7 +80,10 @@ class Signal:
     def log(self, row: Mapping[str, Any]) -> None:
         if row.get(self._key) == self._value and not self._sent:
             self._sent = True
+            stop = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
             os.kill(os.getpid(), signal.SIGTERM)
+            while isinstance(stop, Stop) and stop.signal is None:
+                time.sleep(0.001)
 
     def close(self) -> None:
         """Nothing to close."""

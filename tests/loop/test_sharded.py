@@ -109,8 +109,7 @@ def test_a_run_goes_on_elsewhere(dataset: Dataset, tmp_path: Path) -> None:
     parts = (5, "zero3", "data=4"), (10, "zero1", "data=2,tensor=2"), (15, "ddp_bucketed", "data=3")
     for step, strategy, mesh in parts:
         outcome = together(replace(job, resume=at), strategy, mesh, (tiny.Signal("step", step),))
-        assert (outcome.reason, outcome.signal) == ("signal", signal.SIGTERM)
-        assert step <= outcome.step <= step + 2  # the main thread hears of it while the others go on
+        assert (outcome.reason, outcome.signal, outcome.step) == ("signal", signal.SIGTERM, step)
         at = outcome.checkpoint
         checkpoint.verify(at)
     assert tiny.fit(replace(job, resume=at)).reason == "finished"
@@ -289,7 +288,7 @@ def test_what_does_not_fit_is_said_first(dataset: Dataset, world: int, given: di
 
 @pytest.mark.slow
 def test_memory_of_several_ranks(dataset: Dataset) -> None:
-    """Estimated by the forecast for all that share a memory; each choice has rows for all and keeps the global batch."""
+    """Estimated by the forecast for all that share a memory; each choice has rows for all, the global batch is kept."""
     cfg, train = tiny.model(dataset), training(batch_size=12, micro_batches=2)
     crew = memory.Crew("zero3", {"data": 3}, here=3)
     peak = forecast(cfg, replace(train, batch_size=4), "zero3", {"data": 3}).peak
