@@ -38,16 +38,23 @@ FACTORS = (1 / 3, 1.0, 3.0, 10.0)  # of the usual rate, where none are given
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="TOML or YAML.")
 @click.option("--resume", is_flag=True, help="Go on with the search in --out, where there is one.")
 @click.option("--force", is_flag=True, help="Replace the search that is in the folder.")
+@click.option("--keep-all", is_flag=True, help="Keep the checkpoints of those that do not go on.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="What was found, as JSON.")
 def command(
-    words: tuple[str, ...], lrs: str | None, lengths: str | None, budget: int | None, resume: bool, **rest: Any
+    words: tuple[str, ...],
+    lrs: str | None,
+    lengths: str | None,
+    budget: int | None,
+    resume: bool,
+    keep_all: bool,
+    **rest: Any,
 ) -> int:
     """Find a learning rate and a number of steps.
 
     MODEL is what `fnlm finetune` takes, or a preset to train from nothing. All candidates are trained a little; the
     better half by validation loss goes on twice as far, until the last one is trained whole: it is a run as any.
-    A search that was killed goes on with --resume.
+    Of the others stay the curves and settings. A search that was killed goes on with --resume.
 
         fnlm tune runs/demo data/demo-chat --lrs 1e-4,3e-4,1e-3
     """
@@ -72,7 +79,7 @@ def command(
     with folder.held(where):
         ledger.write()
         trainer = Trainer(where, settings, dataset, model, wish)
-        winner = search(ledger, trainer)
+        winner = search(ledger, trainer, (lambda name: None) if keep_all else trainer.drop)
     if winner is None:
         click.echo(f"interrupted; go on with the same words and --resume (in {where})", err=True)
         return 128 + (trainer.signal or 0)
@@ -154,6 +161,11 @@ class Trainer:
         loss = float("inf") if outcome.best is None or outcome.reason == "not finite" else outcome.best
         say_to_stderr(self.wish.quiet)(f"{candidate.name}: step {outcome.step}, best validation loss {loss:.4f}")
         return Result(loss, outcome.step, outcome.reason)
+
+    def drop(self, name: str) -> None:
+        """Take away what a candidate that does not go on has made, but for its curves and settings."""
+        for made in (folder.CHECKPOINTS, folder.SAMPLES):
+            shutil.rmtree(self.where / name / made, ignore_errors=True)
 
     def trained(self, candidate: Candidate, until: int) -> Outcome:
         """The candidate's run, begun or continued."""

@@ -128,12 +128,20 @@ def _result(values: Sequence[Any]) -> Result:
     return Result(math.inf if loss is None else float(loss), int(step), str(reason))
 
 
-def search(ledger: Ledger, train: Callable[[Candidate, int], Result | None]) -> str | None:
-    """The name of the best candidate; `train` takes one to a step. None where `train` gave up (it was interrupted)."""
+def search(
+    ledger: Ledger, train: Callable[[Candidate, int], Result | None], drop: Callable[[str], None] = lambda name: None
+) -> str | None:
+    """The name of the best candidate; `train` takes one to a step. None where `train` gave up (it was interrupted).
+
+    `drop` is told of each that does not go on, once the ledger says so; of a search that goes on, again.
+    """
     going = [c.name for c in ledger.candidates]
     for i, (part, count) in enumerate(rounds(len(going))):
         if i:
-            going = best(ledger.results[i - 1], going, count)
+            before_that, going = going, best(ledger.results[i - 1], going, count)
+            for name in before_that:
+                if name not in going:
+                    drop(name)
         for candidate in (c for c in ledger.candidates if c.name in going and c.name not in ledger.results[i]):
             before = ledger.results[i - 1].get(candidate.name) if i else None
             result = before if before and before.is_over else train(candidate, until(candidate, part))

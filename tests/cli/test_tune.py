@@ -62,7 +62,10 @@ def test_the_better_half_goes_on(tmp_path: Path) -> None:
     asked: list[tuple[str, int]] = []
     found = [Candidate(name, 1.0, 100) for name in "abcd"]
     ledger = Ledger(tmp_path, {"model": "m"}, found)
-    assert search(ledger, losses({"a": 3.0, "b": 1.0, "c": math.nan, "d": 2.0}, asked)) == "b"
+    gone: list[tuple[str, int]] = []
+    train = losses({"a": 3.0, "b": 1.0, "c": math.nan, "d": 2.0}, asked)
+    assert search(ledger, train, lambda name: gone.append((name, len(asked)))) == "b"
+    assert gone == [("a", 4), ("c", 4), ("d", 6)]
     assert asked == [(x, 25) for x in "abcd"] + [("b", 50), ("d", 50), ("b", 100)]
 
 
@@ -122,6 +125,9 @@ def test_a_search_finds_a_run_and_says_how_to_have_it_again(
     lines = out.splitlines()
     assert len(lines) == 1 + 4 + 2, out
     assert "best: search/lr-0.01" in out
+    others = [path for path in Path("search").glob("lr-*") if path.name != "lr-0.01"]
+    assert len(others) == 3
+    assert all({p.name for p in x.iterdir() if p.is_dir()} == set() and tiny_rows(x) for x in others)
     begun = [row for row in tiny_rows(Path("search/lr-0.01")) if row.get("event") == "resumed"]
     assert len(begun) == 2
     line = lines[-1].split()
@@ -131,6 +137,18 @@ def test_a_search_finds_a_run_and_says_how_to_have_it_again(
     a, b = (trained.load(name, "newest") for name in ("search/lr-0.01", "alone"))
     assert a.step == b.step == 16
     assert max(float((a.params[k] - b.params[k]).abs().max()) for k in a.params) < 1e-6
+    code, out, err = run("tune", *WORDS, "--resume", "--quiet")
+    assert (code, out.splitlines()) == (0, lines)
+
+
+@pytest.mark.slow
+def test_all_checkpoints_are_kept_where_that_is_wanted(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run("tune", *WORDS, "--quiet", "--keep-all", "--lrs", "1e-3,1e-2")[0] == 0
+    assert all(list((tmp_path / "search" / f"lr-{lr}" / "checkpoints").glob("0*")) for lr in ("0.001", "0.01"))
 
 
 def tiny_rows(folder: Path) -> list[dict[str, object]]:
