@@ -130,10 +130,10 @@ class Reducing:
             trip.end()
 
     def _drain(self, more: int) -> None:
-        """Bound what is in flight, as work holds its input: `prefetch` groups. All ranks do so in the same order."""
+        """Bound what is in flight, as work holds its input: 3/4 of `prefetch` groups; all ranks in the same order."""
         if self.layout.state is None:
             return
-        room = max(1, self.layout.strategy.prefetch) * self.layout.typical * self.dtype.itemsize // 2 - more
+        room = max(1, self.layout.strategy.prefetch) * self.layout.typical * self.dtype.itemsize * 3 // 4 - more
         for trip in [t for t in self.trips if t.landed]:
             self._keep(trip)
         held = sum(t.nbytes for t in self.trips)

@@ -16,7 +16,7 @@ from fnlm.sharding.memory import Peak
 from fnlm.sharding.traffic import parameter_calls, sent
 from tests.sharding.cases import adamw, batch, config, together
 
-TINY = fnlm.ModelConfig(vocab_size=64, seq_len=4, n_layers=12, n_heads=4, d_model=64, d_ff=256, bias=True)
+TINY = fnlm.ModelConfig(vocab_size=64, seq_len=2, n_layers=12, n_heads=4, d_model=64, d_ff=256, bias=True)
 FEW = 8  # bytes of a total or a norm
 
 
