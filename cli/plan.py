@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any, get_args
 
 import click
@@ -17,10 +18,12 @@ from fnlm.forecast import Forecast, checkpoint_bytes, forecast, same
 from fnlm.sharded import check_model
 from fnlm.sharding import STRATEGIES, Strategy, mesh_for, parse_mesh, planned, strategy
 from fnlm.sharding.mesh import Shape, describe
+from fnlm.trainable import subset_of
 
 DOES_NOT_FIT = 3
 OPTIONS = ("--model", "--mesh", "--strategy", "--micro-batch", "--micro-batches", "--memory", "--precision",
            "--optimizer", "--seq-len", "--json")  # fmt: skip
+PART = ("lora", "lora_alpha", "lora_targets", "freeze")  # fields of the training that say what is trained
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LEFT_OUT = (
     "the allocator's slack", "workspaces of libraries", "torch itself", "temporaries of the optimizer",
@@ -74,14 +77,15 @@ def command(
     """Say what a training step will hold and send on a mesh.
 
     No hardware is needed: the step itself runs on tensors without storage, as the first and the last rank, and is
-    counted. KEY=VALUE changes fields of the model as in `fnlm inspect`. The exit code is 3 if nothing fits --memory.
+    counted. KEY=VALUE changes fields of the model as in `fnlm inspect`, or says what is trained of it: lora=8,
+    freeze=embed. The exit code is 3 if nothing fits --memory.
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}{did_you_mean(name, list(PRESETS))}")
     free, changes = overrides.split(words)
     if free:
         raise ValueError(f"{free[0]!r} is one word too many; a change is written key=value, for example n_layers=6")
-    cfg = overrides.apply(changes, ModelConfig, PRESETS[name], also=OPTIONS)
+    cfg = overrides.apply([c for c in changes if c[0] not in PART], ModelConfig, PRESETS[name], also=(*OPTIONS, *PART))
     if seq_len is not None:
         if seq_len > cfg.seq_len:
             raise ValueError(f"--seq-len {seq_len} is more than the model's seq_len={cfg.seq_len}; add seq_len=N")
@@ -89,6 +93,8 @@ def command(
     given = {"precision": precision, "optimizer": optimizer}
     train = override(TRAINING.get(name, TrainConfig(steps=1, batch_size=1)), **{k: v for k, v in given.items() if v})
     train = replace(train, batch_size=micro_batch, micro_batches=micro_batches, ramp=())
+    train = overrides.apply([c for c in changes if c[0] in PART], TrainConfig, train)
+    subset_of(cfg, train)
     shape = parse_mesh(mesh)
     check_model(cfg, planned(shape))
     rows = planned_rows(cfg, train, chosen(names, shape), shape)
@@ -160,6 +166,7 @@ def account(
     name: str, cfg: ModelConfig, train: TrainConfig, shape: Shape, rows: dict[str, list[Forecast]], memory: int | None
 ) -> dict[str, Any]:
     """Everything, fit for JSON; bytes are whole numbers but for what leaves a rank in a ring."""
+    subset = subset_of(cfg, train)
     return {
         "model": name,
         "parameters": count(cfg),
@@ -170,6 +177,7 @@ def account(
         "seq_len": cfg.seq_len,
         "precision": train.precision,
         "optimizer": train.optimizer,
+        "trained": sum(prod(subset.sizes[k]) for k in subset.names),
         "checkpoint_bytes": checkpoint_bytes(cfg, train),
         "strategies": {how: [r._asdict() for r in ranks] for how, ranks in rows.items()},
         "memory": memory,
@@ -185,7 +193,8 @@ def text(report: dict[str, Any], rows: dict[str, list[Forecast]]) -> list[str]:
     batches = f", {report['micro_batches']} micro-batches" if report["micro_batches"] > 1 else ""
     where = f"on {describe(report['mesh'])}, {n} rank{'s' if n > 1 else ''}"
     lines = [f"{report['model']}, {in_si(report['parameters'])} parameters, {where}"]
-    lines += [f"{tokens}{batches}, {report['precision']}, {report['optimizer']}", ""]
+    some = "" if report["trained"] == report["parameters"] else f", {in_si(report['trained'])} trained"
+    lines += [f"{tokens}{batches}, {report['precision']}, {report['optimizer']}{some}", ""]
     lines += columns([HEAD + (("fits",) if memory else ()), *cells(rows, memory)], left=(0,))
     lines += ["", f"a checkpoint: {in_bytes(report['checkpoint_bytes'])}, all ranks together"]
     if memory is not None:

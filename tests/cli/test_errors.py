@@ -68,6 +68,7 @@ MISTAKES = [
     ("train demo data/tale lora_alpha=4", USAGE, r"lora_alpha and lora_targets are of adapters; .*"),
     ("train demo data/tale lora=4 --simulate 2 --strategy ddp", USAGE, r"strategy ddp is PyTorch's own reducer .*"),
     ("train demo data/tale length=4000", USAGE, r"length=4000 is more than seq_len=.*"),
+    ("plan --model gpt2 --mesh data=4 lora=8000", USAGE, r"lora=8000 does not fit blocks\.0\.attn\.q .*"),
     # other people's models
     ("plan --model gtp2 --mesh data=4", USAGE, r"there is no preset 'gtp2'; did you mean 'gpt2'\?.*"),
     ("plan --model gpt2 --mesh dta=4", USAGE, r".*dta.*"),

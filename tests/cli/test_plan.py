@@ -86,3 +86,17 @@ def test_gpt2_xl_on_512_ranks_takes_seconds() -> None:
     begun = time.process_time()
     assert CliRunner().invoke(cli, words).exit_code == 0
     assert time.process_time() - begun < 5
+
+
+def test_a_part_of_a_model_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """Adapters of rank 4: gradients and state of them alone."""
+    words = ["plan", "--model", "gpt2", "n_layers=1", "--mesh", "data=2", "--strategy", "ddp_bucketed", "--json"]
+    found = []
+    for more in ((), ("lora=4", "lora_targets=q,v")):
+        with pytest.raises(SystemExit):
+            cli.main([*words, *more])
+        found.append(json.loads(capsys.readouterr().out))
+    every, some = (x["strategies"]["ddp_bucketed"][0] for x in found)
+    assert [x["trained"] for x in found] == [found[0]["parameters"], 2 * 4 * (768 + 768)]
+    assert (every["gradients"], some["gradients"]) == (4 * found[0]["parameters"], 4 * found[1]["trained"])
+    assert 8 * found[1]["trained"] <= some["optimizer_state"] <= 8 * found[1]["trained"] + 64
