@@ -63,18 +63,12 @@ def group_of(name: str) -> str:
 def layout_of(cfg: ModelConfig, how: str | Strategy, mesh: Mesh, subset: Subset | None = None) -> Layout:
     """The layout of a model, or of one that is trained in part, under a strategy on a mesh.
 
-    ValueError, with the remedy, for a wrong mesh, for fewer key heads than tensor ranks, and for a part of a model
-    under PyTorch's own reducer.
+    ValueError, with the remedy, for a wrong mesh and for fewer key heads than tensor ranks.
     """
     check_model(cfg, mesh)
     row, rules = strategy(how), tensor_rules(cfg)
     if subset is None or subset.is_all:
         return Layout(row, mesh, shapes(cfg), groups(cfg), rules)
-    if row.reducer == "torch" and mesh.world > 1:
-        raise ValueError(
-            f"strategy {row.name} is PyTorch's reducer, which reduces every parameter, but only {len(subset.names)} of "
-            f"{len(subset.sizes)} are trained; choose ddp_bucketed"
-        )
     made = adapted(subset.scale, rules, mesh.axis("tensor")) if subset.targets else None
     return Layout(row, mesh, subset.sizes, groups(cfg, subset.sizes), rules, subset.names, made)
 

@@ -93,12 +93,18 @@ class TorchLink:
         yield
 
     def use(self, group: str, params: Params) -> Params:
-        out: tuple[Tensor, ...] = _Shadow.apply(self, group, *params.values())  # type: ignore[no-untyped-call]
-        return dict(zip(params, out, strict=True))
+        layout = self.reducer.layout
+        names = [slot.name for slot in layout.groups[group].slots]
+        used = dict(zip(names, params.values(), strict=True))
+        own = {k: p for k, p in used.items() if k in layout.trained}
+        if own:
+            out: tuple[Tensor, ...] = _Shadow.apply(self, tuple(own), *own.values())  # type: ignore[no-untyped-call]
+            used |= dict(zip(own, out, strict=True))
+        made = layout.made(used) if layout.made else used
+        return {k: made[name] for k, name in zip(params, names, strict=True) if name in made}
 
-    def arrive(self, group: str, grads: tuple[Tensor, ...]) -> None:
-        """Let DDP see the gradients of a group, as if its module had computed them."""
-        names = [slot.name for slot in self.reducer.layout.groups[group].slots]
+    def arrive(self, names: tuple[str, ...], grads: tuple[Tensor, ...]) -> None:
+        """Let DDP see the gradients of some of a group, as if its module had computed them."""
         outs = [self.into.pop(name) for name in names]
         torch.autograd.backward(outs, [g.to(x.dtype).contiguous() for g, x in zip(grads, outs, strict=True)])
 
@@ -118,12 +124,12 @@ class _Shadow(torch.autograd.Function):
     """Parameters as they are; their gradients go to DDP."""
 
     @staticmethod
-    def forward(ctx: Any, link: TorchLink, group: str, *params: Tensor) -> tuple[Tensor, ...]:
-        ctx.link, ctx.group = link, group
+    def forward(ctx: Any, link: TorchLink, names: tuple[str, ...], *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.link, ctx.names = link, names
         return tuple(p.view_as(p) for p in params)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         with torch.enable_grad():
-            ctx.link.arrive(ctx.group, grads)
+            ctx.link.arrive(ctx.names, grads)
         return None, None, *[None] * len(grads)

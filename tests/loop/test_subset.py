@@ -177,9 +177,3 @@ def test_a_rollback_of_ranks_with_adapters(dataset: Dataset, tmp_path: Path, mon
     outcome = together(begun, "zero2", "data=2")
     assert "back to step 4" in tiny.rows(begun, "event")[1]["message"]
     assert outcome.step >= 6
-
-
-def test_what_ranks_cannot_do_with_a_part(dataset: Dataset, tmp_path: Path) -> None:
-    begun = job(dataset, tmp_path, lora=2)
-    with pytest.raises(ValueError, match=r"strategy ddp is PyTorch's reducer, .* only 24 of \d+ are .* ddp_bucketed"):
-        loop.mesh_of(begun.cfg, begun.train, replace(begun.run, strategy="ddp"), 2)

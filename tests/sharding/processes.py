@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fnlm.sharding import connect, parse_mesh, strategy
+from tests.sharding import test_subset
 from tests.sharding.cases import adamw, alone, config, distance, together
 
 
@@ -23,6 +24,11 @@ def main(rank: int, world: int, store: str, cases: list[list[object]]) -> None:
     want = alone(cfg, adamw())
     meshes = {text: connect(parse_mesh(text, world), timeout=30) for text in dict.fromkeys(str(c[0]) for c in cases)}
     for text, how, schedule, micro in cases:
+        if part := dict(schedule).get("part"):  # type: ignore[call-overload]
+            ours = test_subset.together(meshes[str(text)], str(how), "gpt2", part, int(str(micro)))
+            gap = distance(test_subset.reference("gpt2", part), ours)
+            print(json.dumps([text, how, schedule, micro, gap]), flush=True)
+            continue
         got = together(meshes[str(text)], strategy(str(how), **dict(schedule)), cfg, adamw(), int(str(micro)))  # type: ignore[call-overload]
         print(json.dumps([text, how, schedule, micro, distance(want, got)]), flush=True)
     meshes.clear()

@@ -16,6 +16,7 @@ Case = tuple[str, str, dict[str, Any], int]
 DATA = ("ddp", "ddp_flat", "ddp_bucketed", "zero1", "zero2", "zero3")
 TWO: list[Case] = [
     *(("data=2", how, {}, micro) for how in DATA for micro in (1, 3)),
+    *(("data=2", how, {"part": part}, 3) for how in ("ddp", "zero3") for part in ("lora", "middle")),
     ("data=2", "ddp_bucketed", {"bucket_bytes": 2000}, 1),
     ("data=2", "zero3", {"bucket_bytes": 2000, "prefetch": 2}, 3),
     ("tensor=2", "tensor_parallel", {}, 1),
