@@ -163,4 +163,4 @@ def test_zero3_holds_no_model_with_adapters_added() -> None:
     layers = [forecast(replace(cfg, n_layers=n), train, "zero3", {"data": 64}).peak for n in (3, 5)]
     one = 4 * 12 * 64 * 64
     assert layers[1] - layers[0] < one / 3  # two more blocks
-    assert layers[0] > 2 * one
+    assert 2 * one < layers[1] < 4.4 * one  # a gradient of a whole map is gone as soon as its adapters have theirs
