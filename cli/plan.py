@@ -139,7 +139,7 @@ def ranks_of(cfg: ModelConfig, train: TrainConfig, how: str, shape: Shape) -> li
     first, last = forecast(cfg, train, how, shape), planned(shape).world - 1
     if not last:
         return [first]
-    alike = same(cfg, how, shape, (0, last))
+    alike = same(cfg, how, shape, (0, last), train)
     return [first, first._replace(rank=last) if alike else forecast(cfg, train, how, shape, last)]
 
 

@@ -144,9 +144,16 @@ class Gathered:
         return sum({s._cdata: s.nbytes() for s in found if s is not None}.values())
 
 
-def same(cfg: ModelConfig, how: str | Strategy, shape: dict[str, int], ranks: tuple[int, int]) -> bool:
-    """Whether two ranks hold and send the same, by their shapes alone."""
-    one, two = (layout_of(cfg, how, planned(shape, rank)) for rank in ranks)
+def same(
+    cfg: ModelConfig,
+    how: str | Strategy,
+    shape: dict[str, int],
+    ranks: tuple[int, int],
+    train: TrainConfig | None = None,
+) -> bool:
+    """Whether two ranks hold and send the same, by their shapes alone; `train` may have adapters."""
+    subset = None if train is None else subset_of(cfg, train)
+    one, two = (layout_of(cfg, how, planned(shape, rank), subset) for rank in ranks)
     slots = [[s for pack in x.groups.values() for s in pack.slots] for x in (one, two)]
     return one.mesh.size("context") == 1 and slots[0] == slots[1]
 

@@ -112,6 +112,9 @@ def test_a_checkpoint_and_equal_ranks() -> None:
     assert same(CFG, "zero1", {"data": 7}, (0, 6)) is False
     assert same(CFG, "ddp_bucketed", {"data": 2}, (0, 1)) is True
     assert same(CFG, "context", {"context": 2}, (0, 1)) is False
+    odd = fnlm.ModelConfig(vocab_size=64, n_layers=1, n_heads=1, d_model=16, d_ff=36, seq_len=16)
+    assert same(odd, "zero1", {"data": 4}, (0, 3)) is True
+    assert same(odd, "zero1", {"data": 16}, (0, 15), replace(TRAIN, lora=3)) is False
 
 
 def test_operations_that_are_remembered_make_what_they_made() -> None:
