@@ -21,6 +21,7 @@ from fnlm import data
 from fnlm.data import Preparation, Wanted, corpora
 from fnlm.interop import vocabulary
 from fnlm.interop.stored import read_json
+from fnlm.trained import locate
 
 TEXTUAL = (
     "tokenizer",
@@ -45,7 +46,7 @@ TEXTUAL = (
     default="bpe:4096",
     show_default=True,
     metavar="T",
-    help="char, byte, bpe:SIZE, gpt2, cl100k (or gpt2:FOLDER with tiktoken's files), or a tokenizer.json.",
+    help="char, byte, bpe:SIZE, gpt2, cl100k (or gpt2:FOLDER with tiktoken's files), a tokenizer.json, or a run.",
 )
 @click.option("--val", multiple=True, metavar="PATH", help="Files to validate with, instead of a part of PATH.")
 @click.option("--val-fraction", type=float, metavar="F", help="The documents to validate with. [default: 0.1]")
@@ -114,7 +115,7 @@ def command(
         refuse("tokens", "seed", why="they are those of mix")
         wanted = Wanted(tuple(filter(None, clean.split(","))), data.domains_of(domains), documents, workers)
         first = Preparation(
-            paths, out or Path("data") / name_of(paths), tokenizer, val, val_fraction, special, npy, dtype
+            paths, out or Path("data") / name_of(paths), file_of(tokenizer), val, val_fraction, special, npy, dtype
         )
         todo = preparations(replace(first, wanted=wanted, template=template_of(template) if template else None))
     for one in todo:
@@ -150,6 +151,13 @@ def preparations(one: Preparation) -> list[Preparation]:
     return data.named(
         one.paths[0], one.out, one.wanted.documents, special=one.special, npy=one.npy, dtype=one.dtype, **own
     )
+
+
+def file_of(tokenizer: str) -> str:
+    """As named, or that of a run's checkpoint where a run or RUN@best, RUN@1000 is named."""
+    path = Path(tokenizer)
+    run = path if path.is_dir() else path.with_name(path.name.rpartition("@")[0] or path.name)
+    return str(locate(path) / "tokenizer.json") if (run / "checkpoints").is_dir() else tokenizer
 
 
 def template_of(path: Path) -> str:

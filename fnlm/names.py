@@ -25,10 +25,16 @@ def chosen(patterns: str, names: Sequence[str], field: str, tail: bool = False) 
     for pattern in parted(patterns):
         mine = {name for name in names if matches(pattern, name, tail)}
         if not mine:
-            near = did_you_mean(pattern.strip(EDGE + ".]"), list(parts(names, tail)))
-            raise ValueError(f"{field} has {pattern!r}, which no parameter is called{near}")
+            raise ValueError(f"{field} has {pattern!r}, which no parameter is called{_nearest(pattern, names, tail)}")
         found |= mine
     return [name for name in names if name in found]
+
+
+def _nearest(pattern: str, names: Sequence[str], tail: bool) -> str:
+    """The name that was meant; where none is near, the single words, for all names would fill the screen."""
+    known = list(parts(names, tail))
+    near = did_you_mean(pattern.strip(EDGE + ".]"), known)
+    return near if "did you mean" in near else f"; choose from {', '.join(n for n in known if '.' not in n)}"
 
 
 def matches(pattern: str, name: str, tail: bool = False) -> bool:

@@ -19,7 +19,8 @@ FLOORS = (
     "random < dropout | environment | fields < names < config < overrides | collectives | compiling | kernels",
     "attention < blocked < rotary < places < ngrams < linear < mlp < sublayers < forward < losses | optim | "
     "sharding | tokenizers | world | cleaning",
-    "params < lora < trainable < presets | sampling | merging | data | quantize | cache < cached < native < prepared < decode",
+    "params < lora < trainable < presets | sampling | merging | data | quantize | "
+    "cache < cached < native < prepared < decode",
     "links < step < sharded_optim < sharded < forecast < elastic | tokens < speculate < generate | evaluate | "
     "checkpoint < interop < trained | lift | budget",
     "track < loop | report | evaluation | benchmark_peers < benchmark_strategies | "

@@ -24,6 +24,8 @@ def check(wanted: str) -> None:
     if name == "bpe":
         _size(rest)
     elif name not in tokenizers.NAMES and not Path(wanted).exists():
+        if Path(wanted).suffix or Path(wanted).name != wanted:
+            raise ValueError(f"there is no {wanted}; give the path of a tokenizer.json, of prepared data or of a run")
         tokenizers.named(wanted)  # says what is meant
 
 

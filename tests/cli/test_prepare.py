@@ -93,6 +93,11 @@ def test_again() -> None:
         (["none.txt"], 1, "none.txt: no such file, folder or pattern"),
         (["*.txt"], 2, "what to call the data of *.txt? give --out data/NAME"),
         (["tale.txt", "--tokenizer", "gtp2"], 2, "there is no tokenizer 'gtp2'; did you mean 'gpt2'?"),
+        (
+            ["tale.txt", "--tokenizer", "runs/base"],
+            2,
+            "there is no runs/base; give the path of a tokenizer.json, of prepared data or of a run",
+        ),
         (["tale.txt", "--tokenizer", "bpe:9"], 2, "vocab_size=9 has no room for 256 bytes and 3 special tokens"),
         (["tale.txt", "--val-fraction", "2"], 2, "val_fraction=2.0 must be between 0 and 1"),
         (["tale.txt", "--tokenizer", "gpt2:none"], 2, "gpt2 needs vocab.bpe (and encoder.json); there is no none"),

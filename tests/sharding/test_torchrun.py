@@ -86,9 +86,7 @@ def test_memory_that_runs_out_on_one_rank_ends_all(place: Path) -> None:
     code, err = spoilt(place, "memory", "--strategy", "zero3", "--nproc", "3")
     assert code == 3, err
     assert len(err.strip().splitlines()) == 1, err
-    said = (
-        r"error: rank 1 ended the run: this needs about .* of memory for 3 ranks of zero3 .*; a limit of .*"
-    )
+    said = r"error: rank 1 ended the run: this needs about .* of memory for 3 ranks of zero3 .*; a limit of .*"
     assert re.match(said, err), err
 
 
