@@ -170,6 +170,8 @@ def test_patterns_name_parameters() -> None:
     assert chosen("q.weight", names, "lora_targets", tail=True) == names[1:3]
     with pytest.raises(ValueError, match=r"freeze has 'embde\.\*', .*; did you mean 'embed'\?"):
         chosen("embde.*", names, "freeze")
+    with pytest.raises(ValueError, match=r"which no parameter is called; choose from embed, blocks, head$"):
+        chosen("norm", names, "freeze")
     with pytest.raises(ValueError, match="which no parameter is called"):
         chosen("q.weight", names, "freeze")
 

@@ -150,3 +150,17 @@ def test_options_that_have_no_meaning(words: list[str], says: str) -> None:
     result = fnlm(*words)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.splitlines()[-1].startswith("error: " + says), result.stderr
+
+
+def test_a_run_lends_its_tokenizer(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fnlm("tale.txt", "--tokenizer", "char").exit_code == 0
+    saved = here / "runs" / "one" / "checkpoints" / "00000001"
+    saved.mkdir(parents=True)
+    (saved / "tokenizer.json").write_bytes((here / "data/tale/tokenizer.json").read_bytes())
+    asked: list[str] = []
+    monkeypatch.setattr("cli.prepare.locate", lambda path: asked.append(str(path)) or saved)
+    for run in ("runs/one", "runs/one@1"):
+        result = fnlm("tale.txt", "--tokenizer", run, "--out", f"data/{Path(run).name}")
+        assert result.exit_code == 0, result.stderr
+        assert "char tokenizer" in result.stdout
+    assert asked == ["runs/one", "runs/one@1"]
