@@ -26,8 +26,10 @@ def saved(path: Path) -> dict[int, Path]:
 
 
 def named(name: str, runs: Mapping[str, Path]) -> Path:
-    """Where NAME@STEP or NAME@newest lies. KeyError for what is neither, or is not there (any more)."""
+    """Where NAME@STEP, NAME@newest or NAME@best lies. KeyError for what is none, or is not there (any more)."""
     run, _, at = name.rpartition("@")
+    if at == "best":
+        return runs[run]  # a run by its name alone is its best
     if not (at == NEWEST or (at.isascii() and at.isdigit() and len(at) < 19)):
         raise KeyError(name)
     found = saved(runs[run])

@@ -127,7 +127,7 @@ def require_same_tokenizer(dataset: Dataset, sha256: str, what: str) -> None:
     if own != sha256:
         raise DataError(
             f"{dataset.folder} was made with another tokenizer than {what} (sha256 {own[:8]}, not {sha256[:8]}); "
-            f"prepare the data again with the tokenizer.json of {what}: --tokenizer PATH"
+            f"prepare the data again with --tokenizer {what}"
         )
 
 

@@ -159,7 +159,7 @@ def test_checkpoints_are_models(client: FlaskClient, folder: Path) -> None:
         found: int = answer.get_json()["fnlm"]["step"]
         return found
 
-    assert [step(name) for name in ("run@50", "run@newest", "run")] == [50, 100, 100]
+    assert [step(name) for name in ("run@50", "run@newest", "run", "run@best")] == [50, 100, 100, 100]
     save(folder / "run", "text", step=150, seed=150)
     assert step("run@newest") == 150
     shutil.rmtree(folder / "run" / "checkpoints" / "00000050.params")  # as retention does
