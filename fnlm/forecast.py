@@ -77,7 +77,7 @@ def forecast(
     low = lowered(resting, plan, layout)
     tokens = torch.zeros(train.batch_size, seq_len or cfg.seq_len, dtype=torch.long, device="meta")
     pieces = [Batch(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32))] * min(train.micro_batches, FEWEST)
-    with Peak([*params.values(), *low.values(), *pieces[0]]) as seen, Remembered():
+    with Peak([*params.values(), *low.values(), *pieces[0]], Remembered()) as seen:
         inner = with_resting(make_lm_loss(cfg, Compute(), axes_of(layout)), low, layout)
         loss = _Watched(inner, seen, book, cfg.has_dropout, low)
         run = value_and_grad(loss, replace(plan, ranks=Ranks(layout, local=True, resting=low)))

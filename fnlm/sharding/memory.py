@@ -14,14 +14,15 @@ from torch.utils._pytree import tree_leaves
 class Peak(TorchDispatchMode):
     """Within it, `peak` is the most bytes of tensors made inside that were alive at once, `now` those that are.
 
-    `ignore`: not counted.
+    `ignore`: not counted. `compute(operation, args, kwargs)` carries operations out, where it is given.
 
     Only what is made in this thread is seen: on a CPU, also the backward pass; elsewhere give that to this thread by
     torch.autograd.set_multithreading_enabled(False).
     """
 
-    def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
+    def __init__(self, ignore: Iterable[Tensor] = (), compute: Callable[..., Any] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._compute = compute
         self.peak = self.now = 0
         self._bytes: dict[int, int] = {}  # by address, which is free for another storage only after `gone`
         self._watches: dict[int, weakref.ref[UntypedStorage]] = {}
@@ -31,7 +32,8 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs) if self._compute is None else self._compute(func, args, kwargs)
         for t in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(t, Tensor):
                 self._see(t)

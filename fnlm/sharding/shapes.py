@@ -7,40 +7,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
-class Remembered(TorchDispatchMode):
-    """Within it, an operation that only makes new meta tensors is computed once for each set of arguments.
+class Remembered:
+    """Calls operations; one that only makes new meta tensors is computed once for each set of arguments.
 
     Views and operations in place are left alone. Torch derives shapes in Python, which is most of the time of a plan.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.known: dict[Any, tuple[list[Made | None], Any]] = {}
-        self.pure: dict[Any, bool] = {}
+        self._known: dict[Any, tuple[list[Made | None], Any]] = {}
+        self._pure: dict[Any, bool] = {}
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.pure:
-            self.pure[func] = _only_makes(func)
-        asked = _key(func, args, kwargs) if self.pure[func] else None
+    def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func not in self._pure:
+            self._pure[func] = _only_makes(func)
+        asked = _key(func, args, kwargs) if self._pure[func] else None
         if asked is None:
             return func(*args, **kwargs)
-        if asked not in self.known:
+        if asked not in self._known:
             out = func(*args, **kwargs)
             leaves, how = tree_flatten(out)
             if all(x is None or (isinstance(x, Tensor) and x.is_meta and not x.storage_offset()) for x in leaves):
-                self.known[asked] = [None if x is None else (x.shape, x.stride(), x.dtype) for x in leaves], how
+                self._known[asked] = [None if x is None else (x.shape, x.stride(), x.dtype) for x in leaves], how
             return out
-        leaves, how = self.known[asked]
-        return tree_unflatten([None if x is None else _new(*x) for x in leaves], how)
+        leaves, how = self._known[asked]
+        made = [None if x is None else _new(*x) for x in leaves]
+        return made[0] if how.is_leaf() else tree_unflatten(made, how)
 
 
 def _new(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -52,19 +48,23 @@ def _only_makes(func: Any) -> bool:
     return all(a.alias_info is None for a in (*func._schema.arguments, *func._schema.returns))
 
 
+class _Unknown(Exception):
+    """Something whose value might decide a shape."""
+
+
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What decides the result's shape; None where something is no meta tensor, number or word."""
-    leaves, how = tree_flatten((args, kwargs))
-    said: list[Any] = []
-    for x in leaves:
-        if isinstance(x, Tensor):
-            if not x.is_meta:
-                return None
-            said.append((x.shape, x.stride(), x.dtype))
-        else:
-            said.append((type(x), x))
     try:
-        hash(key := (func, how, tuple(said)))
-    except TypeError:
+        key = func, _told(args), _told(tuple(kwargs.items()))
+        hash(key)
+    except (_Unknown, TypeError):
         return None
     return key
+
+
+def _told(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        if not x.is_meta:
+            raise _Unknown
+        return x.shape, x.stride(), x.dtype
+    return tuple(map(_told, x)) if isinstance(x, (tuple, list)) else (type(x), x)
