@@ -29,6 +29,11 @@ class Peak(TorchDispatchMode):
         for t in ignore:
             self._watch(t.untyped_storage(), 0)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: that would import the compiler for every plan, and nothing is compiled within."""
+        return False
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
