@@ -18,6 +18,7 @@ from fnlm.forecast import Forecast, checkpoint_bytes, forecast, same
 from fnlm.sharded import check_model
 from fnlm.sharding import STRATEGIES, Strategy, mesh_for, parse_mesh, planned, strategy
 from fnlm.sharding.mesh import Shape, describe
+from fnlm.sharding.shapes import Remembered
 from fnlm.trainable import subset_of
 
 DOES_NOT_FIT = 3
@@ -134,25 +135,27 @@ def chosen(names: Sequence[str], shape: Shape) -> list[str]:
     return list(dict.fromkeys(word if ":" in word else strategy(word).name for word in words))
 
 
-def ranks_of(cfg: ModelConfig, train: TrainConfig, how: str, shape: Shape) -> list[Forecast]:
+def ranks_of(
+    cfg: ModelConfig, train: TrainConfig, how: str, shape: Shape, shapes: Remembered | None = None
+) -> list[Forecast]:
     """The first rank, and the last where it is another one; where both do the same, it is computed once."""
-    first, last = forecast(cfg, train, how, shape), planned(shape).world - 1
+    first, last = forecast(cfg, train, how, shape, shapes=shapes), planned(shape).world - 1
     if not last:
         return [first]
     alike = same(cfg, how, shape, (0, last), train)
-    return [first, first._replace(rank=last) if alike else forecast(cfg, train, how, shape, last)]
+    return [first, first._replace(rank=last) if alike else forecast(cfg, train, how, shape, last, shapes=shapes)]
 
 
 def planned_rows(cfg: ModelConfig, train: TrainConfig, names: Sequence[str], shape: Shape) -> dict[str, list[Forecast]]:
     """The ranks of each strategy; strategies that differ by name alone are computed once."""
     known: dict[Strategy, list[Forecast]] = {}
-    rows = {}
+    shapes, rows = Remembered(), {}
     for how in names:
         kind = replace(strategy(how), name="", axes=(), also=(), reducer="own")
         if train.micro_batches == 1:  # it does not matter how several add up
             kind = replace(kind, accumulate="local")
         if kind not in known:
-            known[kind] = ranks_of(cfg, train, how, shape)
+            known[kind] = ranks_of(cfg, train, how, shape, shapes)
         rows[how] = [r._replace(strategy=how) for r in known[kind]]
     return rows
 

@@ -61,8 +61,11 @@ def forecast(
     shape: dict[str, int],
     rank: int = 0,
     seq_len: int | None = None,
+    shapes: Remembered | None = None,
 ) -> Forecast:
     """What one rank of a mesh will hold and send; `train.batch_size` rows are each rank's own in a micro-batch.
+
+    `shapes`, given to several forecasts, keeps what one finds out for the next.
 
     Of `train` are used batch_size, micro_batches, precision, dropout, the optimizer, and what is trained. PyTorch's own
     reducer is counted as ours in buckets. ValueError for a mesh that the strategy or the model cannot have.
@@ -77,7 +80,7 @@ def forecast(
     low = lowered(resting, plan, layout)
     tokens = torch.zeros(train.batch_size, seq_len or cfg.seq_len, dtype=torch.long, device="meta")
     pieces = [Batch(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32))] * min(train.micro_batches, FEWEST)
-    with Peak([*params.values(), *low.values(), *pieces[0]], Remembered()) as seen:
+    with Peak([*params.values(), *low.values(), *pieces[0]], shapes or Remembered()) as seen:
         inner = with_resting(make_lm_loss(cfg, Compute(), axes_of(layout)), low, layout)
         loss = _Watched(inner, seen, book, cfg.has_dropout, low)
         run = value_and_grad(loss, replace(plan, ranks=Ranks(layout, local=True, resting=low)))
