@@ -63,8 +63,11 @@ def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _told(x: Any) -> Any:
+    kind = type(x)
+    if kind is list or kind is tuple:
+        return tuple([_told(y) for y in x])
     if isinstance(x, Tensor):
         if not x.is_meta:
             raise _Unknown
         return x.shape, x.stride(), x.dtype
-    return tuple(map(_told, x)) if isinstance(x, (tuple, list)) else (type(x), x)
+    return kind, x

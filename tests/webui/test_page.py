@@ -22,6 +22,8 @@ from webui.models import Models
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(browser.found() is None, reason="no Chromium here"),
+    # The server of these tests, werkzeug's, leaves a file open when the browser goes away in the middle of it.
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"),
 ]
 LAST = "[...document.querySelectorAll('.turn')].at(-1)"
 WORDS = f"{LAST}.querySelector('.words').textContent"
