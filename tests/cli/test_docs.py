@@ -25,6 +25,7 @@ def shown() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("command", "lines"), shown(), ids=[c for c, _ in shown()])
 def test_the_output_is_true(command: str, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs").mkdir()  # a folder without models
     monkeypatch.chdir(tmp_path)  # a checkout may have runs and data, which some messages name
     result = CliRunner().invoke(cli, shlex.split(command)[1:])
     said = (result.stdout or result.stderr).rstrip("\n")
