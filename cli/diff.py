@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cli.choosing import which_parameters
 from cli.eval import checkpoint_of
 from cli.merge import check
 from cli.results import must_be_file, write_whole
@@ -24,14 +25,7 @@ TOP = 20
 @click.command()
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option(
-    "--checkpoint",
-    default="best",
-    show_default=True,
-    metavar="C",
-    help="Of each run: best, newest, or a step's number.",
-)
-@click.option("--no-ema", is_flag=True, help="Not the average of the parameters, where a run kept one.")
+@which_parameters
 @click.option("--top", type=click.IntRange(1), default=TOP, show_default=True, metavar="N", help="Lines of the table.")
 @click.option("--all", "every", is_flag=True, help="A line for each parameter.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="A picture and the table as an HTML page.")

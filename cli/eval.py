@@ -12,6 +12,7 @@ from typing import Any, Literal
 import click
 
 from cli import bits
+from cli.choosing import which_parameters
 from cli.measuring import Row, Wanted, needs_lm_eval, rows_of, tables
 from cli.results import interrupted, keep, must_be_file, write
 from fnlm import trained
@@ -40,11 +41,8 @@ from fnlm.trained import Trained
     help="Windows overlap and begin every N tokens; each token is counted once. [default: side by side]",
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="N windows, spread evenly, or N examples.")
-@click.option(
-    "--checkpoint", default="best", show_default=True, metavar="C", help="Of a run: best, newest, or a step's number."
-)
+@which_parameters
 @click.option("--all-checkpoints", is_flag=True, help="All checkpoints of each run, a line for each.")
-@click.option("--no-ema", is_flag=True, help="The parameters themselves where the run kept their moving average.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the products."
 )

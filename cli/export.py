@@ -9,6 +9,7 @@ from typing import Any
 import click
 import torch
 
+from cli.choosing import which_parameters
 from cli.eval import checkpoint_of
 from fnlm import trained
 from fnlm.interop import TARGETS, Model, homes, parity, to_gguf, to_hf, to_peft
@@ -26,10 +27,7 @@ DTYPES_OF = {"hf": tuple(DTYPES), "gguf": ("fp32", "fp16", "q8_0"), "peft": tupl
 @click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="[default: exports/NAME]")
 @click.option("--dtype", type=click.Choice([*DTYPES, "q8_0"]), help="Of the weights. [default: as saved; gguf: fp16]")
 @click.option("--shard-size", metavar="SIZE", help="Of a file of weights at most, such as 2GB. [default: one file]")
-@click.option(
-    "--checkpoint", default="best", show_default=True, metavar="C", help="Of a run: best, newest, or a step's number."
-)
-@click.option("--no-ema", is_flag=True, help="Not the average of the parameters, where the run kept one.")
+@which_parameters
 @click.option("--no-parity", is_flag=True, help="Do not run both sides to compare them.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="What was written and compared, as JSON.")

@@ -11,6 +11,7 @@ from typing import Any
 import click
 import torch
 
+from cli.choosing import which_parameters
 from cli.eval import checkpoint_of
 from fnlm import __version__, interop, merging, trained
 from fnlm.checkpoint import CheckpointError
@@ -26,14 +27,7 @@ KEPT = ("preset", "data", "template", "interop")  # of the config of the first m
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="The run that comes of it.")
 @click.option("--weights", metavar="W,W,...", help="One for each model. [default: the same for all]")
 @click.option("--base", metavar="MODEL", help="Add the models' differences from this one to it.")
-@click.option(
-    "--checkpoint",
-    default="best",
-    show_default=True,
-    metavar="C",
-    help="Of each run: best, newest, or a step's number.",
-)
-@click.option("--no-ema", is_flag=True, help="Not the average of the parameters, where a run kept one.")
+@which_parameters
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the parameters. [default: as saved]")
 @click.option("--force", is_flag=True, help="Replace the run that is there.")
 @click.option("--json", "as_json", is_flag=True, help="What was merged, as JSON.")

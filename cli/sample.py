@@ -14,6 +14,7 @@ import click
 import torch
 
 from cli import speculation
+from cli.choosing import which_parameters
 from cli.eval import checkpoint_of
 from fnlm import random, trained
 from fnlm.data import DataError
@@ -57,10 +58,7 @@ class Prompt(NamedTuple):
 @speculation.option
 @click.option("--seed", type=int, metavar="N", help="The same seed, the same text. [default: a new one]")
 @click.option("--chat/--plain", default=None, help="A user's message, or text to go on with. [default: as trained]")
-@click.option(
-    "--checkpoint", default="best", show_default=True, metavar="C", help="Of a run: best, newest, or a step's number."
-)
-@click.option("--no-ema", is_flag=True, help="Not the average of the parameters, where the run kept one.")
+@which_parameters
 @click.option("--device", metavar="D", help="[default: cuda where there is one, else cpu]")
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of computing.")
 @click.option("--json", "as_json", is_flag=True, help="Samples, settings and speed as JSON.")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "types",
     "tree",
-    "machine < clib",
+    "machine < clib | held",
     "random < dropout | environment | fields < names < config < overrides | collectives | compiling | kernels",
     "attention < blocked < rotary < places < ngrams < linear < mlp < sublayers < forward < losses | optim | "
     "sharding | tokenizers | world | cleaning",

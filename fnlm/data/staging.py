@@ -8,61 +8,28 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fnlm import tokenizers
 from fnlm.data.gather import replace
 from fnlm.data.manifest import FILE, SPLITS, DataError
 from fnlm.data.manifest import open as opened
+from fnlm.held import held as lock_of
 
 # All that a preparation leaves in its folder.
 WRITTEN = {FILE, tokenizers.FILE, *(f"{name}.{end}" for name in SPLITS for end in ("bin", "npy", "mask"))}
-TODO = "preparation.json"
-
-
-class Busy(ValueError):
-    """Another process prepares into the same folder."""
-
-    exit_code = 1
+ASKED = "preparation.json"
 
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """`out` for this process alone. Raises Busy while another one holds it.
-
-    The system lets go of it when the process dies, however it dies. Where there are no such locks nothing is held.
-    """
+    """`out` for this process alone. Raises Busy while another one prepares it."""
     if out.name in ("", ".."):
         raise ValueError(f"--out {out} has no name of its own; choose one such as data/NAME")
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_name(f".{out.name}.lock")
-    busy = Busy(f"another process prepares {out}; let it end, or choose another --out")
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise busy from error
-        except OSError:  # a file system without locks
-            pass
-        if not _is_at(file, lock):  # another one removed it between opening and locking: a third may have a new one
-            raise busy
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-def _is_at(file: IO[str], place: Path) -> bool:
-    """Whether an open file is still the one that lies there."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), place.stat())
-    except OSError:
-        return False
+    with lock_of(lock, f"another process prepares {out}; let it end, or choose another --out"):
+        yield
 
 
 def done(out: Path, todo: dict[str, Any]) -> dict[str, Any] | None:
@@ -97,19 +64,19 @@ def stage_of(out: Path, todo: dict[str, Any], force: bool, say: Callable[[str], 
         say(f"an earlier preparation of {out} was not finished; starting again")
         shutil.rmtree(stage)
     stage.mkdir(parents=True)
-    replace(stage / TODO, todo)
+    replace(stage / ASKED, todo)
     return stage
 
 
 def forget_nothing(stage: Path) -> None:
     """Remove the folder of a preparation that has come to nothing yet: a wrong address leaves no trace."""
-    if not any(path.stat().st_size for path in stage.rglob("*") if path.is_file() and path.name != TODO):
+    if not any(path.stat().st_size for path in stage.rglob("*") if path.is_file() and path.name != ASKED):
         shutil.rmtree(stage, ignore_errors=True)
 
 
 def _noted(stage: Path) -> Any:
     with suppress(OSError, ValueError):
-        return json.loads((stage / TODO).read_text(encoding="utf-8"))
+        return json.loads((stage / ASKED).read_text(encoding="utf-8"))
     return None
 
 

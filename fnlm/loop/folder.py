@@ -13,6 +13,7 @@ from typing import Any
 from fnlm import checkpoint
 from fnlm.checkpoint import CheckpointError
 from fnlm.config import did_you_mean
+from fnlm.held import held as lock_of
 from fnlm.loop.settings import KINDS, Settings
 
 CONFIG, METRICS, ENVIRONMENT, CHECKPOINTS, SAMPLES = (
@@ -78,35 +79,12 @@ def write(folder: Path, config: dict[str, Any], environment: dict[str, Any]) -> 
         beside.replace(folder / name)
 
 
-class Busy(ValueError):
-    """Another process trains in the folder; the message is one line with the remedy."""
-
-    exit_code = 1
-
-
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """The folder, made where there is none, for this process alone. Raises Busy while another one holds it.
-
-    The system lets go of it when the process dies, however it dies. Where there are no such locks nothing is held.
-    """
+    """The folder, made where there is none, for this process alone. Raises Busy while another one trains in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    with lock_of(folder / LOCK, f"another process trains in {folder}; let it end, or choose another --out"):
         yield
-        return
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(f"another process trains in {folder}; let it end, or choose another --out") from error
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
 
 
 def _foreign(folder: Path) -> str | None:

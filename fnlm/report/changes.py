@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import NamedTuple
 
-from fnlm.report.markup import table, tag, text
+from fnlm.report.markup import page_head, table, tag, text
 
 CELL, LEFT, TOP, GAP = 26, 190, 28, 2
 STYLE = """
@@ -30,17 +28,7 @@ def changes(a: str, b: str, found: Mapping[str, tuple[float, float, float]], who
     """The page of parameters' distances from model `a` to model `b`; `whole` is that of all of them together."""
     rows = {name: Change(*values) for name, values in found.items()}
     style = (resources.files(__package__) / "page.css").read_text("utf-8") + STYLE
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", text(f"fnlm: {a} and {b}")),
-        tag("style", style),
-    )
+    head = page_head(f"fnlm: {a} and {b}", style)
     said = f"All parameters together: relative change {whole[0]:.3g}, cosine {whole[2]:.6f}."
     body = tag(
         "main",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from importlib import resources
@@ -12,7 +10,7 @@ import numpy as np
 
 from fnlm.report import tables
 from fnlm.report.chart import Chart, Line, figure, trimmed, within
-from fnlm.report.markup import tag, text
+from fnlm.report.markup import page_head, tag, text
 from fnlm.report.run import Run, Series, facts, number
 from fnlm.report.scale import domain, linear, said
 
@@ -38,22 +36,9 @@ def page(runs: Sequence[Run], now: float) -> str:
     """The whole HTML page of these runs, as seen at `now` (unix seconds)."""
     style, script = ((resources.files(__package__) / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     title = "fnlm: " + ", ".join(run.name for run in runs)
-    policy = f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; base-uri 'none'"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", text(title)),
-        tag("style", style),
-    )
+    head = page_head(title, style, script)
     body = tag("body", tag("main", *_parts(runs, now)), tag("script", script))
     return "<!DOCTYPE html>\n" + tag("html", head, body, lang="en") + "\n"
-
-
-def _digest(source: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
 def _parts(runs: Sequence[Run], now: float) -> Iterator[str]:

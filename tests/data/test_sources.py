@@ -25,6 +25,7 @@ from fnlm import cleaning, data
 from fnlm.data import CORPORA, DataError, Preparation, Wanted, corpora, staging, streams
 from fnlm.data.corpora import Hub, Web
 from fnlm.data.streams import SourceLost
+from fnlm.held import Busy
 
 sys.path.append(str(Path(__file__).parent))
 from hub_server import hub
@@ -465,7 +466,7 @@ def test_a_lock_that_was_removed_meanwhile_holds_nothing(tmp_path: Path, monkeyp
 
     lock, flock = tmp_path / ".out.lock", fcntl.flock
     monkeypatch.setattr(fcntl, "flock", lambda *how: (lock.unlink(), flock(*how)))
-    with pytest.raises(staging.Busy, match="another process prepares"), staging.held(tmp_path / "out"):
+    with pytest.raises(Busy, match="another process prepares"), staging.held(tmp_path / "out"):
         pass
 
 

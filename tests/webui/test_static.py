@@ -12,7 +12,7 @@ FILES = sorted([*(WEBUI / "static").iterdir(), *(WEBUI / "templates").iterdir()]
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in FILES}
 SCRIPTS = {name: text for name, text in TEXT.items() if name.endswith(".js")}
 SHEETS = {name: text for name, text in TEXT.items() if name.endswith(".css")}
-PAGES = {name: TEXT[f"{name}.html"] + TEXT["icons.html"] for name in ("page", "run")}
+PAGES = {name: TEXT[f"{name}.html"] + TEXT["icons.html"] + TEXT["key.html"] for name in ("page", "run")}
 PAGE = "".join(PAGES.values())
 
 SHARED = {"frame.js", "ui.js"}  # of which the page of a run uses a part
