@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, Protocol
+
+from fnlm.sharding.meeting import Store
 
 PERIOD = 0.5  # seconds between two signs of life
 LONG = 2.5  # seconds without one, after which a rank counts as gone
-
-
-class Store(Protocol):
-    """Where ranks leave word, such as torch.distributed's TCPStore."""
-
-    def set(self, key: str, value: str, /) -> Any: ...
-    def get(self, key: str, /) -> bytes: ...
-    def check(self, keys: list[str], /) -> bool: ...
 
 
 class Heartbeat:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from fnlm.sharding.heartbeat import Heartbeat
+from fnlm.sharding.meeting import meet
 from fnlm.sharding.mesh import Mesh, Shape, connect
 
 LOST = 75
@@ -62,6 +63,8 @@ def joined(here: Place, shape: Shape, device: torch.device, backend: str, timeou
     limit, heart = timedelta(seconds=timeout), None
     try:
         store, _, _ = next(rendezvous("env://", here.rank, here.world, timeout=limit))
+        met = meet(dist.PrefixStore("fnlm", store), here.rank, here.world, timeout)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(met, store)  # type: ignore[attr-defined]
         heart = Heartbeat(dist.PrefixStore("fnlm", store), here.rank, here.world)  # type: ignore[attr-defined]
         dist.init_process_group(
             backend, store=store, rank=here.rank, world_size=here.world, timeout=limit,
