@@ -68,6 +68,9 @@ def run_by_all(job: Job, wish: Wish, trackers: Tracker, progress: Progress, say:
     here = processes.place()
     shape = loop.mesh_of(job.cfg, job.train, job.run, wish.world, threads=here is None)
     if not shape:
+        if job.run.strategy != "single":
+            more = "start more with --nproc N, torchrun or --simulate N"
+            say(f"one rank: {job.run.strategy} has nothing to share; {more}")
         return loop.fit(job, trackers, progress)
     if here is None:
         say(f"simulation: the {wish.world} ranks of {describe(shape)} are threads of this process")

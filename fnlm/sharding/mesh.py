@@ -34,8 +34,7 @@ def parse_mesh(text: str, world: int | None = None) -> Shape:
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, _, size = (x.strip() for x in part.partition("="))
         if name not in NAMES:
-            known = ", ".join(NAMES)
-            raise ValueError(f"mesh axis {name!r} is unknown{did_you_mean(name, NAMES)}; the axes are {known}")
+            raise ValueError(f"mesh axis {name!r} is unknown{did_you_mean(name, NAMES)}")
         if name in shape:
             raise ValueError(f"mesh {text!r} names {name} twice; give each axis once")
         if not size.isdecimal() or int(size) < 1:

@@ -169,6 +169,12 @@ def test_the_model_takes_the_vocabulary_of_the_data(place: Path, run: Run) -> No
     assert f"vocab_size=5 is too small for data, whose tokenizer has {size} tokens" in text
 
 
+def test_a_strategy_on_one_rank_says_how_to_get_more(place: Path, run: Run) -> None:
+    said = "one rank: zero2 has nothing to share; start more with --nproc N, torchrun or --simulate N"
+    assert said in train(run, "steps=1", "--strategy", "zero2", "--out", "one")
+    assert "one rank" not in train(run, "steps=1", "--out", "plain")
+
+
 def test_batch_auto_keeps_the_global_batch(place: Path, run: Run) -> None:
     config = json.loads(train(run, "--dry-run", "--quiet", "micro_batches=3", "batch=auto"))["train"]
     assert config["batch_size"] * config["micro_batches"] == 12
