@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fnlm.clib import How
 from fnlm.config import Kernels, ModelConfig
 from fnlm.dropout import dropout
 from fnlm.kernels import needs_plain
@@ -37,12 +38,14 @@ class Places(NamedTuple):
     """What positions mean to every block, made once: RoPE's cos and signed sin (T, R) or None, and the spans.
 
     `first_head` and `start` are the global numbers of the first query head and of the first query computed here.
+    With `how`, fnlm/attended.py computes attention, and there are no spans.
     """
 
     rotation: Rotation | None
     spans: tuple[Span, ...]
     first_head: int
     start: int = 0
+    how: How | None = None
 
 
 def attention(

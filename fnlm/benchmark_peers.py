@@ -16,8 +16,10 @@ from torch.distributed.tensor import DTensor
 from fnlm import random
 from fnlm.collectives import LOCAL
 from fnlm.config import Compute, ModelConfig
-from fnlm.forward import _block, _site_keys, embed, head_weight, norm, split_groups
+from fnlm.embedding import embed
+from fnlm.forward import _block, _site_keys, head_weight, split_groups
 from fnlm.losses import fused_cross_entropy
+from fnlm.norms import norm
 from fnlm.places import places_of
 from fnlm.sharding.specs import span
 from fnlm.sharding.wires import Book, Call

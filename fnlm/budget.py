@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 
 from fnlm import tree
+from fnlm.attended import suits
 from fnlm.attention import BLOCK
 from fnlm.blocked import keeps
-from fnlm.config import ModelConfig, Precision, TrainConfig
+from fnlm.config import Compute, ModelConfig, Precision, TrainConfig
 from fnlm.data import Sizes
 from fnlm.losses import chunk_rows
 from fnlm.params import count, flops_per_token, is_hidden_matrix, is_norm, shapes
@@ -18,6 +19,7 @@ from fnlm.presets import optimizer_of, trained_model
 from fnlm.trainable import subset_of
 
 BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Counts(NamedTuple):
@@ -138,40 +140,43 @@ def activation_bytes(
     """
     t = seq_len or cfg.seq_len
     d, v, rows, size = cfg.d_model, cfg.vocab_size, batch_size * t, BYTES[precision]
-    joined = 0 if _by_hand(cfg, t) and not keeps(t) else cfg.n_layers * d * _qkv_width(cfg)
+    library = suits(torch.empty(0, dtype=_TYPES[precision]), cfg, Compute()) and not cfg.dropout_attn
+    joined = 0 if _by_hand(cfg, t, library) and not keeps(t) else cfg.n_layers * d * _qkv_width(cfg)
     once = joined + v * d + chunk_rows(rows, v * size, None) * v
     root = 2 * d + (cfg.embed_norm + (cfg.dropout_embed > 0)) * d
-    return (rows * (cfg.n_layers * _block_values(cfg, t, size) + root) + once) * size
+    return (rows * (cfg.n_layers * _block_values(cfg, t, size, library) + root) + once) * size
 
 
 def _qkv_width(cfg: ModelConfig) -> int:
     return (cfg.n_heads + 2 * cfg.kv_heads) * cfg.head_dim
 
 
-def _by_hand(cfg: ModelConfig, t: int) -> bool:
+def _by_hand(cfg: ModelConfig, t: int, library: bool) -> bool:
     """Whether the sublayers with hand-written gradients compute a block."""
-    return t > BLOCK and not (cfg.parallel_residual or cfg.dropout_attn or cfg.dropout_residual)
+    return (library or t > BLOCK) and not (cfg.parallel_residual or cfg.dropout_attn or cfg.dropout_residual)
 
 
-def _block_values(cfg: ModelConfig, t: int, size: int) -> int:
+def _block_values(cfg: ModelConfig, t: int, size: int, library: bool) -> int:
     """Values of `size` bytes that a block keeps of one token.
 
     By hand: x twice, q, k, v and y: (H + 2 H_kv) K + H K, and F before the nonlinearity (SwiGLU: 2 F); up to KEEP
     positions also both norms' outputs, the attention weights, H times the keys seen, and F after the nonlinearity.
     Composed: norms: D for the input (RMSNorm: in float32, and as much again before its weight) and D for the output,
     twice, with QK norm their inputs too; attention: H times the keys seen, with dropout three times that; MLP: F before
-    and F after the nonlinearity (SwiGLU: 4 F, ReLU: F); residuals: D for each dropout mask.
+    and F after the nonlinearity (SwiGLU: 4 F, ReLU: F); residuals: D for each dropout mask. Attention by the library
+    keeps two float32 numbers a head, and neither weights nor what QK norm has read.
     """
     d, h, f = cfg.d_model, cfg.n_heads, cfg.ff_dim
     heads = _qkv_width(cfg) + h * cfg.head_dim
     seen = t if t <= BLOCK else (t + BLOCK) // 2
-    if _by_hand(cfg, t):
-        cheap = 2 * d + h * seen + f if keeps(t) else 0
-        return 2 * d + heads + (2 if cfg.mlp == "swiglu" else 1) * f + cheap
+    weights = h * (2 * 4 // size if library else seen)
+    if _by_hand(cfg, t, library):
+        cheap = 2 * d + f + (0 if library else weights) if keeps(t) else 0
+        return 2 * d + heads + (2 if cfg.mlp == "swiglu" else 1) * f + cheap + (weights if library else 0)
     kept = (1 + cfg.norm_affine) * 4 // size if cfg.norm == "rmsnorm" else 1
     shared = int(cfg.parallel_residual and cfg.norm == "layernorm")  # both norms keep the same tensor
     norms = (2 * (kept + 1) - shared) * d
-    norms += kept * (h + cfg.kv_heads) * cfg.head_dim if cfg.qk_norm else 0
-    attention = (3 if cfg.dropout_attn else 1) * h * seen
+    norms += kept * (h + cfg.kv_heads) * cfg.head_dim if cfg.qk_norm and not library else 0
+    attention = (3 if cfg.dropout_attn else 1) * weights
     masks = 2 * d if cfg.dropout_residual else 0
     return norms + heads + attention + {"swiglu": 4, "relu": 1}.get(cfg.mlp, 2) * f + masks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fnlm.config import ModelConfig
-from fnlm.forward import reach
+from fnlm.embedding import reach
 
 _LARGE = 1 << 20  # bytes
 

@@ -18,9 +18,11 @@ from fnlm.cache import KVCache, init_cache, picked
 from fnlm.cached import bias_at, bias_of, each_at, look
 from fnlm.collectives import LOCAL, Axes, psum, pvary
 from fnlm.config import Compute, ModelConfig
-from fnlm.forward import embed, norm, reach, shape_logits, turn
+from fnlm.embedding import embed, reach
+from fnlm.forward import shape_logits, turn
 from fnlm.linear import linear
 from fnlm.mlp import mlp
+from fnlm.norms import norm
 from fnlm.prepared import Prepared, prepare
 from fnlm.types import Params
 

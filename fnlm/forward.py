@@ -20,14 +20,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fnlm import random
+from fnlm.attended import attended
 from fnlm.attention import BLOCK, Places, attention
-from fnlm.collectives import LOCAL, Axes, Axis, enter, gather, leave, psum, pvary, split
+from fnlm.collectives import LOCAL, Axes, enter, gather, leave, pvary, split
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
 from fnlm.dropout import dropout
+from fnlm.embedding import embed, front
 from fnlm.kernels import joined_linear, needs_plain, rotate
 from fnlm.mlp import mlp
-from fnlm.ngrams import ngram_ids
+from fnlm.norms import norm
 from fnlm.places import begins_of, places_of
 from fnlm.sublayers import attention_sublayer, mlp_sublayer
 from fnlm.types import Key, Params
@@ -76,8 +78,9 @@ def hidden(
     keys = _site_keys(key, tokens.shape[0], cfg)
     root = use("root", groups["root"])
     begins = begins_of(tokens, compute, axes)
-    x = embed(root, tokens, cfg, keys and keys[:2], axes, *_front(tokens, cfg, axes, begins))
-    places = places_of(tokens.shape[1], cfg, x, compute, axes, begins)
+    x = embed(root, tokens, cfg, keys and keys[:2], axes, *front(tokens, cfg, axes, begins))
+    dropped = keys is not None and cfg.dropout_attn > 0
+    places = places_of(tokens.shape[1], cfg, x, compute, axes, begins, dropped)
     x = split(x, axes.sequence, 1)
     run = compiled(_block) if compute.compile == "block" else _block
     for i in range(cfg.n_layers):
@@ -108,7 +111,7 @@ def _block(
 
     `lean`: parameters are not here to stay, and nothing as large as they are is kept for the backward pass.
     """
-    if compute.kernels == "auto" and _by_hand(x, cfg, keys, axes):
+    if compute.kernels == "auto" and _by_hand(x, cfg, places, keys, axes, lean):
         return mlp_sublayer(p, attention_sublayer(p, x, cfg, places), cfg)
     att, res1, res2 = keys or (None, None, None)
     first = (places.start + (axes.sequence.index * x.shape[1] if axes.sequence else 0), 0)
@@ -120,9 +123,11 @@ def _block(
     return x + a + m if cfg.parallel_residual else y + m
 
 
-def _by_hand(x: Tensor, cfg: ModelConfig, keys: list[Tensor] | None, axes: Axes) -> bool:
-    """Whether the sublayers with hand-written gradients compute what is asked for, in less memory."""
-    long = x.device.type == "cpu" and x.shape[1] > BLOCK
+def _by_hand(x: Tensor, cfg: ModelConfig, places: Places, keys: list[Tensor] | None, axes: Axes, lean: bool) -> bool:
+    """Whether the sublayers with hand-written gradients compute what is asked for: in less memory where texts are long,
+    and faster by the library, but all gradients of a sublayer come together then.
+    """
+    long = x.device.type == "cpu" and (x.shape[1] > BLOCK or (places.how is not None and not lean))
     dropped = keys is not None and (cfg.dropout_attn or cfg.dropout_residual)
     return long and not (dropped or cfg.parallel_residual or axes.tensor or axes.context or needs_plain())
 
@@ -131,21 +136,32 @@ def _attend(
     p: Params, x: Tensor, cfg: ModelConfig, places: Places, key: Tensor | None, axes: Axes, compute: Compute, lean: bool
 ) -> Tensor:
     """Multi-head attention, (B, T, D) -> (B, T, D); however many heads the weights hold are computed here."""
-    n_kv, n_q = (p[f"attn.{name}.weight"].shape[0] // cfg.head_dim for name in "kq")
+    n_q = p["attn.q.weight"].shape[0] // cfg.head_dim
     weights = [p[f"attn.{name}.weight"] for name in "qkv"]
     by_hand = lean and compute.kernels == "auto" and not needs_plain()
     bias = torch.cat([p["attn.q.bias"], p["attn.k.bias"], p["attn.v.bias"]]) if cfg.has_qkv_bias else None
     qkv = joined_linear(enter(x, axes), weights, bias, by_hand)
-    qkv = rearrange(qkv, "B T (A K) -> B T A K", K=cfg.head_dim)
-    if cfg.qk_norm or places.rotation is not None:
-        qk, v = qkv.split([n_q + n_kv, n_kv], 2)
-        q, k = turn(p, qk, n_q, cfg, places, axes, compute).split([n_q, n_kv], 2)
+    if places.how is not None:
+        y = attended(qkv, places.how)
     else:
-        q, k, v = qkv.split([n_q, n_kv, n_kv], 2)
-    k, v = gather(k, axes.context, 1), gather(v, axes.context, 1)
-    y = attention(q, k, v, cfg, places, compute.kernels, key)
+        q, k, v = _three(p, rearrange(qkv, "B T (A K) -> B T A K", K=cfg.head_dim), n_q, cfg, places, axes, compute)
+        k, v = gather(k, axes.context, 1), gather(v, axes.context, 1)
+        y = attention(q, k, v, cfg, places, compute.kernels, key)
     out = leave(F.linear(y, p["attn.out.weight"]), axes)
     return out + pvary(p["attn.out.bias"], axes.sequence) if cfg.bias else out
+
+
+def _three(
+    p: Params, qkv: Tensor, n_q: int, cfg: ModelConfig, places: Places, axes: Axes, compute: Compute
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in their places in the text, (B, T, H or H_kv, K), of (B, T, H + 2 H_kv, K)."""
+    n_kv = (qkv.shape[2] - n_q) // 2
+    if not cfg.qk_norm and places.rotation is None:
+        q, k, v = qkv.split([n_q, n_kv, n_kv], 2)
+        return q, k, v
+    qk, v = qkv.split([n_q + n_kv, n_kv], 2)
+    q, k = turn(p, qk, n_q, cfg, places, axes, compute).split([n_q, n_kv], 2)
+    return q, k, v
 
 
 def turn(p: Params, qk: Tensor, n_q: int, cfg: ModelConfig, places: Places, axes: Axes, compute: Compute) -> Tensor:
@@ -159,108 +175,6 @@ def turn(p: Params, qk: Tensor, n_q: int, cfg: ModelConfig, places: Places, axes
         return qk
     cos, sin = (x[..., None, :] for x in places.rotation)
     return rotate(qk, cos, sin, compute.kernels == "auto" and not needs_plain())
-
-
-def norm(p: Params, name: str, x: Tensor, cfg: ModelConfig, axis: Axis | None = None) -> Tensor:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension.
-
-    `axis`: x differs along it, and the weights do not.
-    """
-    weight, bias = (None if w is None else pvary(w, axis) for w in (p.get(f"{name}.weight"), p.get(f"{name}.bias")))
-    if cfg.norm == "rmsnorm":
-        return F.rms_norm(x, x.shape[-1:], weight, cfg.norm_eps)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, cfg.norm_eps)
-
-
-def embed(
-    root: Params,
-    tokens: Tensor,
-    cfg: ModelConfig,
-    keys: list[Tensor] | None,
-    axes: Axes,
-    before: Tensor | None = None,
-    at: Tensor | None = None,
-    start: int = 0,
-) -> Tensor:
-    """Token, n-gram and learned position embeddings, added: (B, T) -> (B, T, D).
-
-    With `token_shift`, what is one position back is added to each before positions are ("token shift", Peng et al.
-    2023): a position then knows what it follows, and one layer of attention can copy what followed the same before.
-
-    In the midst of a text: `before` (B, N) are the tokens in front, V where there is none, `at` (B, T) the positions,
-    or `start` the first of them. Without `before`, `at` are positions within documents, which nothing looks out of.
-    """
-    seen = tokens if before is None else torch.cat([before, tokens], 1)
-    more = int(cfg.token_shift > 0 and seen.shape[1] > tokens.shape[1])  # one that is only shifted
-    own = at if before is None else None
-    x = _words(root, seen, tokens.shape[1] + more, cfg, keys, axes, start - more, own)
-    if cfg.token_shift:
-        back = x[:, :-1] if more else F.pad(x[:, :-1], (0, 0, 1, 0))
-        back = back if own is None else back * (own > 0)[..., None]
-        x = x[:, more:] + cfg.token_shift * back
-    if cfg.positions == "learned":
-        table = root["embed.positions.weight"]
-        x = x + (table[start : start + tokens.shape[1]] if at is None else table[at])
-    if cfg.embed_norm:
-        x = norm(root, "embed_norm", x, cfg)
-    return dropout(x, cfg.dropout_embed, keys[0] if keys else None, (start, 0))
-
-
-def _words(
-    root: Params,
-    seen: Tensor,
-    n: int,
-    cfg: ModelConfig,
-    keys: list[Tensor] | None,
-    axes: Axes,
-    start: int,
-    own: Tensor | None,
-) -> Tensor:
-    """Token and n-gram embeddings of the last `n` tokens seen, of which the first is at position `start`; 0 for V."""
-    mine = seen[:, seen.shape[1] - n :]
-    there = mine < cfg.vocab_size if seen.shape[1] > n or start < 0 else None  # V stands before a text
-    x = _rows(root["embed.tokens.weight"], mine if there is None else mine.where(there, 0), cfg.vocab_size, axes)
-    for j, (order, rows) in enumerate(cfg.ngrams):
-        ids = ngram_ids(seen, order, rows, cfg.vocab_size, own)
-        e = F.embedding(ids[:, -n:], root[f"embed.ngram{order}.weight"])
-        if keys and order > 2:
-            kept = dropout(torch.ones_like(e[..., :1]), cfg.dropout_ngram, random.fold_in(keys[1], j), (start, 0))
-            e = e * kept
-        x = x + e
-    return x if there is None else x * there[..., None]
-
-
-def reach(cfg: ModelConfig) -> int:
-    """How many tokens in front of a part of a text its embedding looks at."""
-    return max((order - 1 for order, _ in cfg.ngrams), default=0) + (cfg.token_shift > 0)
-
-
-def _front(
-    tokens: Tensor, cfg: ModelConfig, axes: Axes, begins: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """For `embed`: of a split context the tokens in front and the first position; of parted documents the positions."""
-    if axes.context is None:
-        at = None if begins is None else torch.arange(tokens.shape[1], device=tokens.device) - begins
-        return None, at, 0
-    start, far = axes.context.index * tokens.shape[1], reach(cfg)
-    before = gather(tokens, axes.context, 1)[:, max(0, start - far) : start] if far else None
-    return before, None, start
-
-
-def _rows(weight: Tensor, tokens: Tensor, vocab_size: int, axes: Axes) -> Tensor:
-    """Embedding rows; split over the tensor axis, each rank contributes the rows it holds."""
-    if axes.tensor is None:
-        return F.embedding(tokens, weight)
-    if not len(weight):
-        return psum(weight.sum(0).expand(*tokens.shape, -1), axes.tensor)
-    mine = tokens - first_row(vocab_size, axes)
-    here = (mine >= 0) & (mine < weight.shape[0])
-    return psum(F.embedding(mine.where(here, 0), weight) * here[..., None], axes.tensor)
-
-
-def first_row(vocab_size: int, axes: Axes) -> int:
-    """The first vocabulary row this rank holds: parts of ceil(V / ranks), the last ones short or empty."""
-    return min(axes.tensor.index * -(-vocab_size // axes.tensor.size), vocab_size) if axes.tensor else 0
 
 
 def _site_keys(key: Key | None, batch: int, cfg: ModelConfig) -> list[Tensor] | None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from fnlm.collectives import LOCAL, Axes, pmax, psum
 from fnlm.compiling import compiled
 from fnlm.config import Compute, ModelConfig
-from fnlm.forward import Use, first_row, head_weight, hidden, identity, shape_logits, unembed
+from fnlm.embedding import first_row
+from fnlm.forward import Use, head_weight, hidden, identity, shape_logits, unembed
 from fnlm.kernels import needs_plain, once_differentiable
 from fnlm.types import Batch, Key, Params
 

@@ -9,24 +9,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fnlm.attention import BLOCK, Places, spans_of
+from fnlm.attended import suits
+from fnlm.attention import BLOCK, Places, Rotation, scale, spans_of
+from fnlm.clib import How
 from fnlm.collectives import LOCAL, Axes
 from fnlm.config import Compute, ModelConfig
 from fnlm.rotary import amplitude, frequencies
 
 
 def places_of(
-    t: int, cfg: ModelConfig, like: Tensor, compute: Compute, axes: Axes = LOCAL, begins: Tensor | None = None
+    t: int,
+    cfg: ModelConfig,
+    like: Tensor,
+    compute: Compute,
+    axes: Axes = LOCAL,
+    begins: Tensor | None = None,
+    dropped: bool = False,
 ) -> Places:
-    """The position tables for T positions, made once for all blocks; `begins` (B, T) as `begins_of` gives them."""
+    """The position tables for T positions, made once for all blocks; `begins` (B, T) as `begins_of` gives them.
+
+    `dropped`: attention weights are.
+    """
     rope = cfg.positions == "rope"
     start = axes.context.index * t if axes.context else 0
     at = torch.arange(start, start + t, device=like.device)
+    heads = heads_of(cfg, axes)
+    if axes.context is None and heads.stop > heads.start and not dropped and suits(like, cfg, compute):
+        rotation = rope_table(at, cfg, torch.float32) if rope else None
+        return Places(rotation, (), heads.start, 0, _how(cfg, heads, rotation, begins))
     rotation = rope_table(at, cfg, like.dtype) if rope else None
     blocked = compute.kernels != "sdpa" and not like.is_cuda
-    heads = heads_of(cfg, axes)
     spans = spans_of(t, cfg, like, BLOCK if blocked else None, heads, start, begins)
     return Places(rotation, spans, heads.start, start)
+
+
+def _how(cfg: ModelConfig, heads: slice, rotation: Rotation | None, begins: Tensor | None) -> How:
+    """What fnlm/attended.py does for these query heads and the key heads that serve them."""
+    n = heads.stop - heads.start
+    norm = cfg.norm if cfg.qk_norm else "none"
+    kv = n * cfg.kv_heads // cfg.n_heads
+    return How(n, kv, cfg.head_dim, scale(cfg), norm, cfg.norm_eps, rotation, begins, cfg.window or 0)
 
 
 def begins_of(tokens: Tensor, compute: Compute, axes: Axes = LOCAL) -> Tensor | None:

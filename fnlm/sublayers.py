@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fnlm import clib
 from fnlm.attention import Places
-from fnlm.blocked import attend, attend_backward, keeps, to_heads, to_rows
+from fnlm.blocked import Heads, attend, attend_backward, keeps, to_heads, to_rows
 from fnlm.config import Mlp, ModelConfig
 from fnlm.kernels import once_differentiable, rotate
 from fnlm.mlp import activate
@@ -49,10 +50,10 @@ class _Attention(torch.autograd.Function):
         rows = x.flatten(0, 1)
         h, stats = _norm(rows, nw, nb, cfg)
         joined = _join(wq, wk, wv)
-        heads = to_heads(F.linear(h, joined, _join(bq, bk, bv)), x.shape[0], cfg.head_dim)
+        qkv = F.linear(h, joined, _join(bq, bk, bv))
         n = (wq.shape[0] // cfg.head_dim, wk.shape[0] // cfg.head_dim)
-        y, kept = attend(_Turn(heads, qk_norms, n, cfg, places).out.detach(), n, cfg, places)
-        ctx.save_for_backward(x, *stats, *weights, heads, y, *([h, joined, *kept] if keeps(x.shape[1]) else []))
+        y, inner = _inner(qkv.view(*x.shape[:2], -1), qk_norms, n, cfg, places)
+        ctx.save_for_backward(x, *stats, *weights, y, *([h, joined] if keeps(x.shape[1]) else []), *inner)
         ctx.cfg, ctx.places, ctx.n = cfg, places, n
         return _add_linear(rows, y, wo, bo).view_as(x)
 
@@ -61,21 +62,43 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Grads:
         cfg, places, n = ctx.cfg, ctx.places, ctx.n
         x, mean, rstd, nw, nb, *rest = ctx.saved_tensors
-        qk_norms, (wo, bo, wq, wk, wv, bq, _, _, heads, y, *kept) = rest[:4], rest[4:]
+        qk_norms, (wo, bo, wq, wk, wv, bq, _, _, y, *kept) = rest[:4], rest[4:]
         rows, g2 = x.flatten(0, 1), g.flatten(0, 1)
-        turn = _Turn(heads, qk_norms, n, cfg, places)
-        h, joined, *probs = kept or (_norm(rows, nw, nb, cfg)[0], _join(wq, wk, wv))
-        d_heads = attend_backward(g2 @ wo, turn.out.detach(), probs, n, cfg, places)
-        d_heads, *d_qk_norms = turn.backward(d_heads)
-        d_qkv = to_rows(d_heads)
+        h, joined, *inner = kept if keeps(x.shape[1]) else (_norm(rows, nw, nb, cfg)[0], _join(wq, wk, wv), *kept)
+        d_qkv, *d_qk_norms = _inner_backward((g2 @ wo).view(*x.shape[:2], -1), y, inner, qk_norms, n, cfg, places)
         sizes = [w.shape[0] for w in (wq, wk, wv)]
         qkv_wanted, out_wanted = any(ctx.needs_input_grad[-6:-3]), ctx.needs_input_grad[-8]
         d_w = (d_qkv.T @ h).split(sizes) if qkv_wanted else (None, None, None)
         d_b = (None, None, None) if bq is None else d_qkv.sum(0).split(sizes)
-        d_x, d_nw, d_nb = _norm_backward(d_qkv @ joined, rows, (mean, rstd), nw, nb, cfg)
+        d_x, d_nw, d_nb = _norm_backward(d_qkv @ joined, rows, (mean, rstd), nw, nb, cfg, g2)
         d_bo = None if bo is None else g2.sum(0)
         d_norms = (d_nw, d_nb, *_fill(qk_norms, d_qk_norms))
-        return d_x.add_(g2).view_as(x), None, None, *d_norms, g2.T @ y if out_wanted else None, d_bo, *d_w, *d_b
+        return d_x.view_as(x), None, None, *d_norms, g2.T @ y if out_wanted else None, d_bo, *d_w, *d_b
+
+
+def _inner(
+    qkv: Tensor, norms: list[Tensor | None], n: Heads, cfg: ModelConfig, places: Places
+) -> tuple[Tensor, list[Tensor]]:
+    """(B, T, A K) -> (B T, H K) between the two products, and what its gradient needs."""
+    if places.how is not None:
+        y, tops = clib.attend(qkv, places.how)
+        return y.flatten(0, 1), [qkv, tops]
+    heads = to_heads(qkv.flatten(0, 1), qkv.shape[0], cfg.head_dim)
+    y, kept = attend(_Turn(heads, norms, n, cfg, places).out.detach(), n, cfg, places)
+    return y, [heads, *kept]
+
+
+def _inner_backward(
+    g: Tensor, y: Tensor, inner: list[Tensor], norms: list[Tensor | None], n: Heads, cfg: ModelConfig, places: Places
+) -> list[Tensor]:
+    """The gradients of (B T, A K) and of the weights of QK norm, from that of y (B, T, H K)."""
+    if places.how is not None:
+        qkv, tops = inner
+        return [clib.attend_backward(g, qkv, y.view_as(g), tops, places.how).flatten(0, 1)]
+    heads, *probs = inner
+    turn = _Turn(heads, norms, n, cfg, places)
+    d_heads, *d_norms = turn.backward(attend_backward(g.flatten(0, 1), turn.out.detach(), probs, n, cfg, places))
+    return [to_rows(d_heads), *d_norms]
 
 
 class _Mlp(torch.autograd.Function):
@@ -85,8 +108,15 @@ class _Mlp(torch.autograd.Function):
         rows, half = x.flatten(0, 1), len(ups) // 2
         h, stats = _norm(rows, nw, nb, cfg)
         inner = [F.linear(h, w, b) for w, b in zip(ups[:half], ups[half:], strict=True)]
-        active = activate(cfg.mlp, *inner, by_hand=True)
-        ctx.save_for_backward(x, *stats, *weights, *inner, *([h, active] if keeps(x.shape[1]) else []))
+        kept = keeps(x.shape[1])
+        ctx.factors = kept and clib.has_rows(*inner)
+        if ctx.factors:
+            active, inner = clib.activated_with_factors(cfg.mlp, *inner)
+        else:
+            active = (
+                clib.activated(cfg.mlp, *inner) if clib.has_rows(*inner) else activate(cfg.mlp, *inner, by_hand=True)
+            )
+        ctx.save_for_backward(x, *stats, *weights, *inner, *([h, active] if kept else []))
         ctx.cfg, ctx.half = cfg, half
         return _add_linear(rows, active, wd, bd).view_as(x)
 
@@ -97,7 +127,12 @@ class _Mlp(torch.autograd.Function):
         x, mean, rstd, nw, nb, wd, bd, *rest = ctx.saved_tensors
         ups, biases, inner, kept = rest[:half], rest[half : 2 * half], rest[2 * half : 3 * half], rest[3 * half :]
         rows, g2 = x.flatten(0, 1), g.flatten(0, 1)
-        active, d_inner = _activate_backward(cfg.mlp, g2 @ wd, inner, kept[1] if kept else None)
+        d_active = g2 @ wd
+        if ctx.factors:
+            active, d_inner = kept[1], [d_active * factor for factor in inner[1:]]
+            d_inner.insert(0, d_active.mul_(inner[0]))
+        else:
+            active, d_inner = _activate_backward(cfg.mlp, d_active, inner, kept[1] if kept else None)
         d_wd = g2.T @ active if ctx.needs_input_grad[4] else None
         del active
         h = kept[0] if kept else _norm(rows, nw, nb, cfg)[0]
@@ -106,9 +141,9 @@ class _Mlp(torch.autograd.Function):
         d_h = d_inner[0] @ ups[0]
         for d, w in zip(d_inner[1:], ups[1:], strict=True):
             d_h.addmm_(d, w)
-        d_x, d_nw, d_nb = _norm_backward(d_h, rows, (mean, rstd), nw, nb, cfg)
+        d_x, d_nw, d_nb = _norm_backward(d_h, rows, (mean, rstd), nw, nb, cfg, g2)
         d_bd = None if bd is None else g2.sum(0)
-        return d_x.add_(g2).view_as(x), None, d_nw, d_nb, d_wd, d_bd, *d_ups, *d_biases
+        return d_x.view_as(x), None, d_nw, d_nb, d_wd, d_bd, *d_ups, *d_biases
 
 
 def _join(*parts: Tensor | None) -> Any:
@@ -163,7 +198,10 @@ class _Turn(_Graph):
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, cfg: ModelConfig) -> tuple[Tensor, tuple[Any, Any]]:
-    """The norm of the last dimension, and LayerNorm's mean and 1/deviation."""
+    """The norm of rows (N, D), and what its gradient needs: LayerNorm's mean and 1/deviation, the library's stats."""
+    if x.ndim == 2 and clib.has_rows(x, weight, bias):
+        y, stats = clib.normed(x, weight, bias, cfg.norm, cfg.norm_eps)
+        return y, (stats, None)
     if cfg.norm == "rmsnorm":
         return F.rms_norm(x, x.shape[-1:], weight, cfg.norm_eps), (None, None)
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, cfg.norm_eps)
@@ -171,20 +209,34 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, cfg: ModelConfi
 
 
 def _norm_backward(
-    g: Tensor, x: Tensor, stats: tuple[Any, Any], weight: Tensor | None, bias: Tensor | None, cfg: ModelConfig
+    g: Tensor,
+    x: Tensor,
+    stats: tuple[Any, Any],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cfg: ModelConfig,
+    more: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias from that of the norm; `more` (N, D) is added to that of x."""
+    mean, rstd = stats
+    if mean is not None and rstd is None:
+        return clib.norm_backward(g, x, mean, weight, bias, cfg.norm, more.contiguous())
     if cfg.norm == "layernorm":
         mask = [True, weight is not None, bias is not None]
-        grads = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], *stats, weight, bias, mask)
-        return grads[0], grads[1], grads[2]
+        d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+            g, x, x.shape[-1:], *stats, weight, bias, mask
+        )
+        return d_x.add_(more), d_weight, d_bias
     if weight is None:
-        return _Graph(lambda x: F.rms_norm(x, x.shape[-1:], None, cfg.norm_eps), x).backward(g)[0], None, None
+        return _Graph(lambda x: F.rms_norm(x, x.shape[-1:], None, cfg.norm_eps), x).backward(g)[0].add(more), None, None
     d_x, d_weight = _Graph(lambda x, w: F.rms_norm(x, x.shape[-1:], w, cfg.norm_eps), x, weight).backward(g)
-    return d_x, d_weight, None
+    return d_x.add(more), d_weight, None
 
 
 def _activate_backward(kind: Mlp, g: Tensor, inner: list[Tensor], active: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     """The activations, kept or made again, and the gradients of what they are made of."""
+    if active is None and clib.has_rows(g, *inner):
+        return clib.activate_backward(kind, g, *inner)
     if kind in ("gelu", "gelu-tanh"):
         d = torch.ops.aten.gelu_backward(g, inner[0], approximate="tanh" if kind == "gelu-tanh" else "none")
         return activate(kind, *inner, by_hand=True) if active is None else active, [d]

@@ -24,7 +24,7 @@ from tests.reference import BASE, CASES, random_params, random_tokens, small_blo
 
 def run(qkv: Tensor, n_q: int, n_kv: int, cfg: fnlm.ModelConfig, kernels: Any, key: Tensor | None = None) -> Tensor:
     """Rotation and attention: "auto" by hand in blocks of queries, as long sequences have it on a CPU."""
-    places = places_of(qkv.shape[1], cfg, qkv, fnlm.Compute(kernels=kernels), LOCAL)
+    places = places_of(qkv.shape[1], cfg, qkv, fnlm.Compute(kernels=kernels), LOCAL, dropped=True)  # no library
     qk, v = qkv.split([n_q + n_kv, n_kv], 2)
     if places.rotation is not None:
         qk = rotate(qk, *(x[:, None] for x in places.rotation), by_hand=kernels == "auto")

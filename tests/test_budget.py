@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fnlm import budget, tree
+from fnlm import attended, budget, tree
 from fnlm.config import ModelConfig, TrainConfig
 from fnlm.losses import chunk_rows, lm_loss
 from fnlm.params import count, flops_per_token, init_params, shapes
@@ -95,6 +95,7 @@ def kept_bytes(cfg: ModelConfig, batch: int, seq_len: int, precision: str) -> in
     return sum(size for address, size in storages.items() if address not in own)
 
 
+@pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("seq_len", [64, 512])
 @pytest.mark.parametrize(
@@ -109,7 +110,11 @@ def kept_bytes(cfg: ModelConfig, batch: int, seq_len: int, precision: str) -> in
         {"norm_affine": False, "qk_norm": True, "mlp": "relu2", "tied": False},
     ],
 )
-def test_activations_are_near_what_the_forward_keeps(changes: dict, seq_len: int, precision: str) -> None:
+def test_activations_are_near_what_the_forward_keeps(
+    changes: dict, seq_len: int, precision: str, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library:
+        monkeypatch.setattr(attended, "can_attend", lambda *of: False)
     sizes = {"vocab_size": 101, "n_layers": 3, "n_heads": 4, "d_model": 64, "seq_len": 512}
     cfg, batch = ModelConfig(**sizes | changes), 2
     width = budget.BYTES[precision]

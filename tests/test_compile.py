@@ -14,7 +14,7 @@ from torch import Tensor
 import fnlm
 from fnlm import compiling
 from fnlm.compiling import compiled
-from fnlm.forward import ngram_ids
+from fnlm.ngrams import ngram_ids
 from fnlm.params import shapes
 from tests.reference import BASE, CASES, ngram_row, random_params, random_tokens
 

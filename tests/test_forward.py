@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fnlm
-from fnlm.forward import hidden, ngram_ids
+from fnlm.forward import hidden
+from fnlm.ngrams import ngram_ids
 from fnlm.params import shapes
 from fnlm.places import rope_table
 from tests import reference

@@ -17,7 +17,8 @@ FLOORS = (
     "tree",
     "machine < clib | held",
     "random < dropout | environment | fields < names < config < overrides | collectives | compiling | kernels",
-    "attention < blocked < rotary < places < ngrams < linear < mlp < sublayers < forward < losses | optim | "
+    "attended < attention < blocked < rotary < places < ngrams < linear < mlp < norms < embedding < sublayers < "
+    "forward < losses | optim | "
     "sharding | tokenizers | world | cleaning",
     "params < lora < trainable < presets | sampling | merging | data | quantize | "
     "cache < cached < native < prepared < decode",

@@ -4,7 +4,26 @@ Each function here is a lowering: the Python it stands for is the definition, an
 """
 
 from fnlm.clib.adam import adamw_, square_sum
+from fnlm.clib.attend import How, attend, attend_backward, can_attend
 from fnlm.clib.build import Status, built, library
 from fnlm.clib.normal import normal_
+from fnlm.clib.rows import activate_backward, activated, activated_with_factors, has_rows, norm_backward, normed
 
-__all__ = ["Status", "adamw_", "built", "library", "normal_", "square_sum"]
+__all__ = [
+    "How",
+    "Status",
+    "activate_backward",
+    "activated",
+    "activated_with_factors",
+    "adamw_",
+    "attend",
+    "attend_backward",
+    "built",
+    "can_attend",
+    "has_rows",
+    "library",
+    "norm_backward",
+    "normal_",
+    "normed",
+    "square_sum",
+]

@@ -13,10 +13,6 @@ from fnlm.clib.build import library
 _NAMES = ("rate", "b1", "b2", "eps", "decay", "correct1", "correct2", "divisor")
 
 
-class _Leaf(ctypes.Structure):
-    _fields_ = [*[(name, ctypes.c_void_p) for name in ("p", "g", "m", "v")], ("n", ctypes.c_int64)]
-
-
 class _Settings(ctypes.Structure):
     _fields_ = [(name, ctypes.c_double) for name in _NAMES]
 
@@ -87,11 +83,12 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_cpu and (t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t)))
 
 
-def _leaves(*groups: Sequence[Tensor]) -> ctypes.Array[_Leaf]:
-    rows = zip(*groups, strict=True)
-    return (_Leaf * len(groups[0]))(
-        *[_Leaf(*([t.data_ptr() for t in row] + [None] * (4 - len(row))), row[0].numel()) for row in rows]
-    )
+def _leaves(*groups: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
+    """`leaf` of adam.c for each place in the lists: four addresses and a size, one after the other."""
+    columns = [[t.data_ptr() for t in group] for group in groups]
+    columns += [[0] * len(groups[0])] * (4 - len(columns))
+    flat = [x for row in zip(*columns, [t.numel() for t in groups[0]], strict=True) for x in row]
+    return (ctypes.c_int64 * len(flat))(*flat)
 
 
 def _threads() -> ctypes.c_int64:

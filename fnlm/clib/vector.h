@@ -88,6 +88,26 @@ INLINE uint16_t float_to_bf16(float f) {
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
+INLINE void store_bf16(uint16_t *p, vfloat v) {
+#if LANES == 16 && defined(__AVX512BF16__)
+    const __m256i h = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &h, sizeof h);
+#else
+    for (int i = 0; i < LANES; i++) p[i] = float_to_bf16(v[i]);
+#endif
+}
+
+/* bfloat16 in the lower half of each lane. */
+INLINE vuint bf16_bits(vfloat v) {
+#if LANES == 16 && defined(__AVX512BF16__)
+    return (vuint)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+    vuint bits;
+    for (int i = 0; i < LANES; i++) bits[i] = float_to_bf16(v[i]);
+    return bits;
+#endif
+}
+
 INLINE float total(vfloat v) {
 #if LANES == 16
     return _mm512_reduce_add_ps((__m512)v);
@@ -104,10 +124,15 @@ INLINE vfloat pick(vint mask, vfloat yes, vfloat no) { return (vfloat)((mask & (
 
 /* exp, to 2e-7 of itself: 2^n times a polynomial on half a power of two either side (Cephes' coefficients). */
 INLINE vfloat vexp(vfloat x) {
+#if LANES == 16
+    x = (vfloat)_mm512_max_ps((__m512)all(-87.f), (__m512)x); /* the second, x, where it is not a number */
+    const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+#else
     const vfloat magic = all(12582912.f);
     x = pick(x < all(-87.f), all(-87.f), x);
     x = pick(x > all(88.f), all(88.f), x);
-    vfloat n = (x * 1.44269504f + magic) - magic;
+    const vfloat n = (x * 1.44269504f + magic) - magic;
+#endif
     vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vfloat p = all(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -116,8 +141,11 @@ INLINE vfloat vexp(vfloat x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.f;
-    vint power = (__builtin_convertvector(n, vint) + 127) << 23;
-    return p * (vfloat)power;
+#if LANES == 16
+    return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return p * (vfloat)((__builtin_convertvector(n, vint) + 127) << 23);
+#endif
 }
 
 INLINE vfloat sigmoid(vfloat x) { return 1.f / (1.f + vexp(-x)); }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fnlm
-from fnlm import collectives, optim, places, sharded_optim
+from fnlm import collectives, norms, optim, places, sharded_optim
 from fnlm.sharded import layout_of
 from fnlm.sharding import Link, Mesh, Ranks, parse_mesh, planned, shard, simulate, strategy
 from fnlm.sharding.gathering import Flight, Gathering
@@ -20,7 +20,6 @@ from tests.reference import random_params
 from tests.sharding.cases import adamw, alone, batch, config, distance, together
 
 Patch = pytest.MonkeyPatch
-forward = sys.modules["fnlm.forward"]  # not the function of that name
 CFG = config(bias=False)
 
 
@@ -44,7 +43,7 @@ def double_psum(patch: Patch) -> None:
 
 
 def norms_not_lifted(patch: Patch) -> None:
-    patch.setattr(forward, "pvary", lambda x, axis: x)
+    patch.setattr(norms, "pvary", lambda x, axis: x)
 
 
 def heads_counted_by_rank(patch: Patch) -> None:
