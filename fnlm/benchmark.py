@@ -137,6 +137,7 @@ def _place(run: str) -> str:
 def _started(field: Iterable[Contestant], job: Report, folder: Path, stack: contextlib.ExitStack) -> Iterator[Any]:
     """Start, build and run the first four steps, one process after the other; yields the worker and what is known."""
     for i, c in enumerate(field):
+        _wait_for_calm()
         spawned = time.time()
         worker = stack.enter_context(Worker(c.name, job["threads"], folder / f"{i}-{c.name}"))
         mine = job | {"run": _place(c.run), "precision": c.precision, "options": dict(c.options), "spawned": spawned}
@@ -147,6 +148,15 @@ def _started(field: Iterable[Contestant], job: Report, folder: Path, stack: cont
         times = {"first_step_s": first["first_step_s"], "first_loss_s": first["first_loss_s"]}
         known = {"precision": c.precision, **ready, **times, "losses": losses, "loss": losses[-1]}
         yield worker, known | worker.ask("norm")
+
+
+def _wait_for_calm(most_s: float = 60.0) -> None:
+    """Until the machine is at rest: a compiler's helpers go on for a while after the first step that needed them."""
+    deadline, calm = time.monotonic() + most_s, 0
+    while calm < 3 and time.monotonic() < deadline:
+        before = _busy_s()
+        time.sleep(REST_S)
+        calm = calm + 1 if _busy_s() - before < 0.1 * REST_S else 0
 
 
 def _play(workers: Sequence[Worker], rounds: int, steps: int) -> tuple[dict[str, list[Turn]], float | None]:
@@ -186,6 +196,7 @@ def _one_shape(
         asked = job | {"run": _place("matmul_gflops")}
         for precision in sorted({c.precision for c in field}):
             gflops[precision] = probe.ask("call", asked | {"precision": precision})["value"]
+        probe.ask("call", job | {"run": _place("touch_memory")})
     if job["against"]:
         job["weights"] = str(folder / "weights.safetensors")
         with Worker("weights", job["threads"], folder / "weights") as writer:

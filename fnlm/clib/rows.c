@@ -13,7 +13,7 @@ enum { GELU, GELU_TANH, RELU, RELU2, SWIGLU };
 enum { BLOCK = 64, PIECE = 1 << 13 }; /* rows of a norm; elements of an activation */
 
 /* x, y, g, d_x, more (rows, n), n a multiple of LANES; weight, bias (n,) or NULL, in x's type; stats (rows, 2): the mean, and 1 / deviation.
-   d_weight, d_bias (blocks, n) float, or NULL; `more` is added to d_x, or NULL. */
+   d_weight, d_bias (blocks, n) float, or NULL; `more` is added to d_x, or NULL. d_x may be g. */
 typedef struct {
     const void *x, *weight, *bias, *g, *more;
     void *y, *d_x;

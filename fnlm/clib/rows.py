@@ -51,13 +51,13 @@ def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps
 def norm_backward(
     g: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, more: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x (`more` (N, D) added), weight and bias from that of the norm (N, D)."""
-    d_x, blocks = torch.empty_like(x), _library().fnlm_norm_blocks(ctypes.c_int64(len(x)))
+    """The gradients of x, with `more` (N, D) added, weight and bias from g, that of the norm; g becomes the first."""
+    blocks = _library().fnlm_norm_blocks(ctypes.c_int64(len(x)))
     d_weight, d_bias = (None if w is None else w.new_empty(blocks, len(w), dtype=torch.float32) for w in (weight, bias))
-    places = _addresses(x, weight, bias, g, more, None, d_x, stats, d_weight, d_bias)
+    places = _addresses(x, weight, bias, g, more, None, g, stats, d_weight, d_bias)
     _call("fnlm_norm", _Norm(*places, *x.shape, NORMS[kind], x.dtype == torch.bfloat16, 0.0))
     d_w, d_b = (None if d is None else d.sum(0).to(x.dtype) for d in (d_weight, d_bias))
-    return d_x, d_w, d_b
+    return g, d_w, d_b
 
 
 def activated(kind: str, a: Tensor, up: Tensor | None = None) -> Tensor:
