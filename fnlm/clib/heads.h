@@ -10,21 +10,9 @@ enum { ROWS = LANES == 16 ? 8 : 4, COLS = 2 * LANES };
 
 INLINE int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-#if LANES == 16 && defined(__AVX512BF16__)
-enum { HALVES = 1 }; /* the processor multiplies bfloat16 */
 INLINE vfloat multiplied(vfloat sum, float a, vfloat b, const int half) {
-    if (!half) return sum + a * b;
-    uint32_t bits;
-    memcpy(&bits, &a, 4);
-    return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)bits), (__m512bh)b);
+    return half ? add_pairs(sum, all(a), b) : sum + a * b;
 }
-#else
-enum { HALVES = 0 };
-INLINE vfloat multiplied(vfloat sum, float a, vfloat b, const int half) {
-    (void)half;
-    return sum + a * b;
-}
-#endif
 
 /* Rows of floats as cells: as they are, or two neighbours in one. */
 INLINE void cells_of_rows(const float *from, int64_t rows, int64_t cols, int64_t ld, float *to, int64_t ldt, const int half) {

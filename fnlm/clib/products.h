@@ -1,7 +1,8 @@
 /* y = W x for a few x at once: W is read from memory once for all of them.
 
    What an x becomes does not depend on how many there are, nor on how rows are dealt to threads: along k every sum runs
-   in LANES parts in the order of k, then these are added, then what is left at the end of a row. */
+   in LANES parts in the order of k, then these are added, then what is left at the end of a row.
+   Where the processor multiplies bfloat16 and W is of it, so are the x (`inputs`). */
 
 enum { FLOAT, BF16, INT8, INT4 };
 enum { GROUP = 32, TOGETHER = 8 };
@@ -44,6 +45,18 @@ INLINE vfloat steps_of(vint nibbles, float scale) {
 #endif
 }
 
+INLINE int halves(const matrix *m) { return HALVES && m->kind == BF16; }
+
+/* n numbers as `multiply` takes them for this matrix: themselves, or bfloat16 in `room`. */
+static const void *inputs(const matrix *m, const float *x, int64_t n, void *room) {
+    if (!halves(m)) return x;
+    uint16_t *to = room;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store_bf16(to + i, load(x + i));
+    for (; i < n; i++) to[i] = float_to_bf16(x[i]);
+    return to;
+}
+
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 
 /* LANES entries of each row times those of each x, added to the sums. */
@@ -54,16 +67,25 @@ INLINE void along(const int kind, const int R, const int B, const char *w, int64
     EACH(b, B) EACH(r, R) sum[r * B + b] += v[r] * load(xs[b] + k);
 }
 
+/* As `along`, for 2 LANES entries of bfloat16. */
+INLINE void along_halves(const int R, const int B, const char *w, int64_t bytes, const char **xs, int64_t k, vfloat *sum) {
+    vfloat v[4];
+    EACH(r, R) v[r] = load((const float *)(w + r * bytes + 2 * k));
+    EACH(b, B) EACH(r, R) sum[r * B + b] = add_pairs(sum[r * B + b], v[r], load((const float *)(xs[b] + 2 * k)));
+}
+
 /* R rows of W times B x, both known to the compiler: the sums stay in registers. Of the B, `count` are there. */
-INLINE void tile(const int kind, const int R, const int B, const matrix *m, int64_t row, const float *x, int64_t ldx,
+INLINE void tile(const int kind, const int R, const int B, const matrix *m, int64_t row, const void *x, int64_t ldx,
                  int count, float *y, int64_t ldy) {
+    const int half = HALVES && kind == BF16;
     const int64_t bytes = row_bytes(kind, m->k);
-    const char *w = (const char *)m->w + row * bytes;
+    const char *w = (const char *)m->w + row * bytes, *packed[TOGETHER];
     const float *xs[TOGETHER];
     vfloat sum[4 * TOGETHER];
     float scale[4], ends[4 * TOGETHER];
     int64_t k = 0;
-    EACH(b, B) xs[b] = x + (b < count ? b : 0) * ldx;
+    EACH(b, B) packed[b] = (const char *)x + (b < count ? b : 0) * ldx * (half ? 2 : 4);
+    EACH(b, B) xs[b] = (const float *)packed[b];
     EACH(r, R) EACH(b, B) sum[r * B + b] = (vfloat){0};
     if (kind == INT4) {
         for (; k < m->k; k += GROUP) {
@@ -79,6 +101,11 @@ INLINE void tile(const int kind, const int R, const int B, const matrix *m, int6
                 EACH(b, B) EACH(r, R) sum[r * B + b] += v[r] * load(xs[b] + k + i * LANES);
             }
         }
+    } else if (half) {
+        for (; k + 2 * LANES <= m->k; k += 2 * LANES) {
+            EACH(r, R) __builtin_prefetch(w + r * bytes + 2 * k + AHEAD);
+            along_halves(R, B, w, bytes, packed, k, sum);
+        }
     } else {
         for (; k + 2 * LANES <= m->k; k += 2 * LANES) {
             EACH(r, R) __builtin_prefetch(w + r * bytes + row_bytes(kind, k) + AHEAD);
@@ -93,7 +120,8 @@ INLINE void tile(const int kind, const int R, const int B, const matrix *m, int6
     for (int r = 0; r < R; r++)
         for (int b = 0; b < count; b++) {
             float s = ends[r * B + b];
-            for (int64_t i = k; i < m->k; i++) s += weight_at(kind, w + r * bytes, i) * xs[b][i];
+            for (int64_t i = k; i < m->k; i++)
+                s += weight_at(kind, w + r * bytes, i) * (half ? bf16_to_float(((const uint16_t *)packed[b])[i]) : xs[b][i]);
             if (kind == INT8) s *= scale_at(m, row + r);
             y[b * ldy + row + r] = m->bias ? s + m->bias[row + r] : s;
         }
@@ -106,7 +134,7 @@ INLINE void tile(const int kind, const int R, const int B, const matrix *m, int6
         for (; r < to; r++) tile(kind, 1, B, m, r, x, ldx, count, y, ldy);              \
     }
 
-INLINE void some(const int kind, const matrix *m, int64_t from, int64_t to, const float *x, int64_t ldx, int count,
+INLINE void some(const int kind, const matrix *m, int64_t from, int64_t to, const void *x, int64_t ldx, int count,
                  float *y, int64_t ldy) {
     if (count == 1)
         TILES(1, 4)
@@ -118,15 +146,16 @@ INLINE void some(const int kind, const matrix *m, int64_t from, int64_t to, cons
         TILES(8, 2)
 }
 
-/* Rows `from` to `to` of W x + bias for each of `count` x, (count, k) apart by ldx -> (count, n) apart by ldy. */
-static void multiply(const matrix *m, int64_t from, int64_t to, const float *x, int64_t ldx, int64_t count, float *y,
+/* Rows `from` to `to` of W x + bias for each of `count` x, as `inputs` gives them, (count, k) apart by ldx -> (count, n)
+   apart by ldy. */
+static void multiply(const matrix *m, int64_t from, int64_t to, const void *x, int64_t ldx, int64_t count, float *y,
                      int64_t ldy) {
     const int64_t block = count > TOGETHER ? 16 : to - from; /* rows that stay in the cache for the next x */
     for (int64_t row = from; row < to; row += block)
         for (int64_t b = 0; b < count; b += TOGETHER) {
             const int few = count - b < TOGETHER ? (int)(count - b) : TOGETHER;
             const int64_t end = row + block < to ? row + block : to;
-            const float *xb = x + b * ldx;
+            const void *xb = (const char *)x + b * ldx * (halves(m) ? 2 : 4);
             float *yb = y + b * ldy;
             switch (m->kind) {
                 case FLOAT: some(FLOAT, m, row, end, xb, ldx, few, yb, ldy); break;

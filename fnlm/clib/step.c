@@ -36,9 +36,9 @@ typedef struct {
 typedef struct {
     const model *m;
     const cache *c;
-    float *x, *y, *q, *a, *h, *h2, *logits, *own; /* own: of each thread, `room` floats */
+    float *x, *y, *q, *a, *h, *h2, *logits, *own; /* own: of each thread, `room` floats, `packed` more for inputs */
     const int64_t *row, *pos;
-    int64_t n, wanted, room;
+    int64_t n, wanted, room, packed;
 } step;
 
 static void normalise(const model *m, affine p, const float *x, int64_t n, float *out) {
@@ -106,7 +106,8 @@ static void project(const step *s, const block *p, int64_t layer, int id, int si
     int64_t from, to;
     share(A * K, id, size, K, &from, &to);
     normalise_all(s, p->attn_norm, s->x, mine);
-    multiply(&p->qkv, from, to, mine, m->d, s->n, s->q, A * K);
+    const void *in = inputs(&p->qkv, mine, s->n * m->d, mine + s->room);
+    multiply(&p->qkv, from, to, in, m->d, s->n, s->q, A * K);
     for (int64_t b = 0; b < s->n; b++)
         for (int64_t head = from / K; head * K < to; head++) {
             float *x = s->q + b * A * K + head * K;
@@ -224,8 +225,9 @@ static void widen(const step *s, const block *p, int id, int size, float *mine) 
     int64_t from, to;
     share(m->ff, id, size, 16, &from, &to);
     normalise_all(s, p->mlp_norm, m->parallel ? s->x : s->y, mine);
-    if (m->mlp == SWIGLU) multiply(&p->gate, from, to, mine, m->d, s->n, s->h, m->ff);
-    multiply(&p->up, from, to, mine, m->d, s->n, m->mlp == SWIGLU ? s->h2 : s->h, m->ff);
+    const void *in = inputs(&p->up, mine, s->n * m->d, mine + s->room);
+    if (m->mlp == SWIGLU) multiply(&p->gate, from, to, halves(&p->gate) ? in : mine, m->d, s->n, s->h, m->ff);
+    multiply(&p->up, from, to, in, m->d, s->n, m->mlp == SWIGLU ? s->h2 : s->h, m->ff);
     for (int64_t b = 0; b < s->n; b++) {
         float *h = s->h + b * m->ff + from;
         activate(m->mlp, h, m->mlp == SWIGLU ? s->h2 + b * m->ff + from : h, to - from);
@@ -233,8 +235,9 @@ static void widen(const step *s, const block *p, int id, int size, float *mine) 
 }
 
 /* out = x + W in, this thread's rows. */
-static void add(const step *s, const matrix *w, const float *in, const float *x, float *out, int id, int size) {
-    const int64_t d = s->m->d;
+static void add(const step *s, const matrix *w, const float *from_in, const float *x, float *out, int id, int size, float *mine) {
+    const int64_t d = s->m->d, size_in = halves(w) ? 2 : 4;
+    const char *in = inputs(w, from_in, s->n * w->k, mine + s->room);
     int64_t from, to;
     float sum[64 * TOGETHER];
     share(d, id, size, 4, &from, &to);
@@ -242,7 +245,7 @@ static void add(const step *s, const matrix *w, const float *in, const float *x,
         const int64_t few = s->n - b < TOGETHER ? s->n - b : TOGETHER;
         for (int64_t row = from; row < to; row += 64) {
             const int64_t end = row + 64 < to ? row + 64 : to;
-            multiply(w, row, end, in + b * w->k, w->k, few, sum - row, 64);
+            multiply(w, row, end, in + b * w->k * size_in, w->k, few, sum - row, 64);
             for (int64_t j = 0; j < few; j++)
                 for (int64_t i = row; i < end; i++)
                     out[(b + j) * d + i] = x[(b + j) * d + i] + sum[j * 64 + i - row];
@@ -253,25 +256,26 @@ static void add(const step *s, const matrix *w, const float *in, const float *x,
 static void blocks(team *t, int id, int size, void *data) {
     const step *s = data;
     const model *m = s->m;
-    float *mine = s->own + id * s->room;
+    float *mine = s->own + id * (s->room + s->packed);
     for (int64_t layer = 0; layer < m->layers; layer++) {
         const block *p = &m->blocks[layer];
         project(s, p, layer, id, size, mine);
         meet(t, size);
         attend(s, layer, id, size, mine);
         meet(t, size);
-        add(s, &p->out, s->a, s->x, s->y, id, size);
+        add(s, &p->out, s->a, s->x, s->y, id, size, mine);
         meet(t, size);
         widen(s, p, id, size, mine);
         meet(t, size);
-        add(s, &p->down, s->h, s->y, s->x, id, size);
+        add(s, &p->down, s->h, s->y, s->x, id, size, mine);
         meet(t, size);
     }
     int64_t from, to;
     const int64_t skip = s->n - s->wanted;
     share(m->head.n, id, size, 4, &from, &to);
     normalise_all(s, m->norm, s->x, mine);
-    multiply(&m->head, from, to, mine + skip * m->d, m->d, s->wanted, s->logits, m->head.n);
+    const void *in = inputs(&m->head, mine + skip * m->d, s->wanted * m->d, mine + s->room);
+    multiply(&m->head, from, to, in, m->d, s->wanted, s->logits, m->head.n);
     for (int64_t b = 0; b < s->wanted; b++)
         for (int64_t i = from; i < to; i++) {
             float *y = s->logits + b * m->head.n + i;
@@ -290,10 +294,13 @@ int fnlm_step(const model *m, const cache *c, float *x, const int64_t *row, cons
     for (int64_t b = 0; b < n; b++) longest = pos[b] + 1 > longest ? pos[b] + 1 : longest;
     int64_t room = n * m->d > longest + LANES ? n * m->d : longest + LANES;
     room = (room + 31) / 32 * 32;
+    int64_t widest = m->d > m->ff ? m->d : m->ff;
+    if (m->heads * m->head_dim > widest) widest = m->heads * m->head_dim;
+    const int64_t packed = (n * widest / 2 + 63) / 32 * 32;
     const int64_t each = m->d + A + m->heads * m->head_dim + 2 * m->ff;
-    float *all = malloc((size_t)(n * each + threads * room) * sizeof(float));
+    float *all = malloc((size_t)(n * each + threads * (room + packed)) * sizeof(float));
     if (!all) return -1;
-    step s = {.m = m, .c = c, .x = x, .row = row, .pos = pos, .n = n, .wanted = wanted, .room = room, .logits = logits};
+    step s = {.m = m, .c = c, .x = x, .row = row, .pos = pos, .n = n, .wanted = wanted, .room = room, .packed = packed, .logits = logits};
     s.y = all, s.q = s.y + n * m->d, s.a = s.q + n * A, s.h = s.a + n * m->heads * m->head_dim;
     s.h2 = s.h + n * m->ff, s.own = s.h2 + n * m->ff;
     run(blocks, &s, (int)threads);

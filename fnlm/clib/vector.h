@@ -108,6 +108,17 @@ INLINE vuint bf16_bits(vfloat v) {
 #endif
 }
 
+/* sum + a b, of pairs of bfloat16 in each lane; HALVES: whether the processor can. */
+#if LANES == 16 && defined(__AVX512BF16__)
+enum { HALVES = 1 };
+INLINE vfloat add_pairs(vfloat sum, vfloat a, vfloat b) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+enum { HALVES = 0 };
+INLINE vfloat add_pairs(vfloat sum, vfloat a, vfloat b) { return sum + a * b; } /* never called */
+#endif
+
 INLINE float total(vfloat v) {
 #if LANES == 16
     return _mm512_reduce_add_ps((__m512)v);
