@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fnlm import clib
 from fnlm.collectives import Axes, enter, leave, pvary
 from fnlm.config import Kernels, Mlp, ModelConfig
 from fnlm.kernels import needs_plain, squared_relu
@@ -24,6 +26,8 @@ def mlp(p: Params, x: Tensor, cfg: ModelConfig, axes: Axes, kernels: Kernels) ->
 
 def activate(kind: Mlp, h: Tensor, up: Tensor | None = None, *, by_hand: bool) -> Tensor:
     """The nonlinearity, elementwise; SwiGLU takes the gate and what it multiplies."""
+    if by_hand and not torch.is_grad_enabled() and clib.has_rows(h, up):
+        return clib.activated(kind, h, up)
     if up is not None:
         return F.silu(h) * up
     if kind == "relu":

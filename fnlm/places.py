@@ -36,16 +36,15 @@ def places_of(
     heads = heads_of(cfg, axes)
     if axes.context is None and heads.stop > heads.start and not dropped and suits(like, cfg, compute):
         rotation = rope_table(at, cfg, torch.float32) if rope else None
-        return Places(rotation, (), heads.start, 0, _how(cfg, heads, rotation, begins))
+        return Places(rotation, (), heads.start, 0, how_of(cfg, heads.stop - heads.start, rotation, begins))
     rotation = rope_table(at, cfg, like.dtype) if rope else None
     blocked = compute.kernels != "sdpa" and not like.is_cuda
     spans = spans_of(t, cfg, like, BLOCK if blocked else None, heads, start, begins)
     return Places(rotation, spans, heads.start, start)
 
 
-def _how(cfg: ModelConfig, heads: slice, rotation: Rotation | None, begins: Tensor | None) -> How:
-    """What fnlm/attended.py does for these query heads and the key heads that serve them."""
-    n = heads.stop - heads.start
+def how_of(cfg: ModelConfig, n: int, rotation: Rotation | None, begins: Tensor | None = None) -> How:
+    """What fnlm/attended.py does for `n` query heads and the key heads that serve them."""
     norm = cfg.norm if cfg.qk_norm else "none"
     kv = n * cfg.kv_heads // cfg.n_heads
     return How(n, kv, cfg.head_dim, scale(cfg), norm, cfg.norm_eps, rotation, begins, cfg.window or 0)

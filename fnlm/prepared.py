@@ -17,12 +17,14 @@ from fnlm.types import Params
 class Prepared(NamedTuple):
     """Parameters laid out for many steps: grouped, cast, q, k and v joined, RoPE's tables for all positions.
 
-    `native`: the same for the C library, which reads the same memory; None where it cannot.
+    `wide`: these tables in float32. `native`: the same for the C library, which reads the same memory; None where it
+    cannot.
     """
 
     root: Params
     blocks: tuple[Params, ...]
     rotation: Rotation | None
+    wide: Rotation | None
     native: native.Native | None = None
 
 
@@ -39,8 +41,8 @@ def prepare(params: Params, cfg: ModelConfig, dtype: torch.dtype | None = None, 
     at, rope = torch.arange(cfg.seq_len, device=table.device), cfg.positions == "rope"
     rotation = rope_table(at, cfg, table.dtype) if rope else None
     blocks = tuple(_joined(p) for p in groups.values())
-    wide = rope_table(at, cfg, torch.float32) if rope and lowered else None
-    return Prepared(root, blocks, rotation, native.lower(root, blocks, wide, cfg) if lowered else None)
+    wide = rope_table(at, cfg, torch.float32) if rope else None
+    return Prepared(root, blocks, rotation, wide, native.lower(root, blocks, wide, cfg) if lowered else None)
 
 
 def _joined(p: Params) -> Params:

@@ -98,6 +98,47 @@ def test_attention_and_its_gradient(case: str, dtype: torch.dtype) -> None:
         assert error < (2e-6 if dtype == torch.float32 else 0.012)
 
 
+@pytest.mark.parametrize("case", ["heads of 32", "shared keys, odd sizes", "one key head", "a window"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_attention_behind_a_cache_is_that_of_the_whole_text(case: str, dtype: torch.dtype, pieces: int) -> None:
+    """Texts of several lengths, in pieces that end at different places; the cache holds more than they need."""
+    b, t, how = CASES[case]
+    qkv = drawn(1, b, t, (how.heads + 2 * how.kv_heads) * how.k).to(dtype)
+    want, _ = clib.attend(qkv, how)
+    k, v = (torch.full((b, how.kv_heads, t + 9, how.k), torch.nan, dtype=dtype) for _ in range(2))
+    lengths, past = [t - 5 * row for row in range(b)], [0] * b
+    for piece in range(pieces):
+        ends = [length * (piece + 1) // pieces for length in lengths]
+        counts = [end - start for end, start in zip(ends, past, strict=True)]
+        new = torch.full((b, max(counts), qkv.shape[2]), torch.nan, dtype=dtype)
+        for row in range(b):
+            new[row, : counts[row]] = qkv[row, past[row] : ends[row]]
+        before = [x.clone() for x in (k, v)]
+        got = clib.attend_cached(new, k, v, past, counts, how)
+        one = clib.attend_cached(new, *before, past, counts, how, last=True)
+        for row in range(b):
+            close = {"rtol": 2e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-5, "atol": 0.02}
+            torch.testing.assert_close(got[row, : counts[row]], want[row, past[row] : ends[row]], **close)
+            assert torch.equal(one[row, counts[row] - 1], got[row, counts[row] - 1])
+        past = ends
+    for row, length in enumerate(lengths):
+        assert k[row, :, :length].isfinite().all()
+        assert k[row, :, length:].isnan().all()
+        value = qkv[row, :length, (how.heads + how.kv_heads) * how.k :].unflatten(-1, (-1, how.k)).transpose(0, 1)
+        assert torch.equal(v[row, :, :length], value)
+
+
+def test_a_row_that_rests_keeps_its_cache() -> None:
+    qkv, how = drawn(1, 2, 4, 24), how_of(1, 1, 8)
+    k, v = drawn(2, 2, 1, 10, 8), drawn(3, 2, 1, 10, 8)
+    before = k[1].clone(), v[1].clone()
+    y = clib.attend_cached(qkv, k, v, [3, 5], [4, 0], how)
+    assert y[0].isfinite().all()
+    assert torch.equal(k[1], before[0])
+    assert torch.equal(v[1], before[1])
+
+
 def test_attention_does_not_depend_on_the_threads() -> None:
     b, t, how = CASES["shared keys, odd sizes"]
     qkv, g, out = drawn(1, b, t, 160).bfloat16(), drawn(2, b, t, 80).bfloat16(), []

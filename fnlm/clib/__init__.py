@@ -4,7 +4,7 @@ Each function here is a lowering: the Python it stands for is the definition, an
 """
 
 from fnlm.clib.adam import adamw_, square_sum
-from fnlm.clib.attend import How, attend, attend_backward, can_attend
+from fnlm.clib.attend import How, attend, attend_backward, attend_cached, can_attend, can_cache
 from fnlm.clib.build import Status, built, library
 from fnlm.clib.normal import normal_
 from fnlm.clib.rows import activate_backward, activated, activated_with_factors, has_rows, norm_backward, normed
@@ -18,8 +18,10 @@ __all__ = [
     "adamw_",
     "attend",
     "attend_backward",
+    "attend_cached",
     "built",
     "can_attend",
+    "can_cache",
     "has_rows",
     "library",
     "norm_backward",

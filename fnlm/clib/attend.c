@@ -1,4 +1,4 @@
-/* Causal self-attention of a training step, and its gradient, from and to the rows of the joined projection.
+/* Causal self-attention, and its gradient, from and to the rows of the joined projection.
 
    What happens between two products of a block in one call: QK norm, rotation, scores, softmax, weighted sum. Nothing
    as large as (T, T) is kept: the backward pass computes scores again, from each row's largest and its sum (Dao et al.
@@ -14,14 +14,17 @@
 enum { QUERIES = 32 }; /* at a time: their gradients are added to those of keys and values together */
 enum { WIDEST = 256 }; /* K at most */
 
-/* qkv (B, T, (H + 2 H_kv) K), y (B, T, H K), tops (B, H, T, 2); cos, sin (T, R); first (B, T) the first key seen, or NULL. */
+/* qkv (B, T, (H + 2 H_kv) K), y (B, T, H K), tops (B, H, T, 2); cos, sin (T or more, R); first (B, T) the first key seen, or NULL. */
 typedef struct {
     const void *qkv, *g;
     void *y, *d_qkv;
     float *tops; /* the largest score of a row, and 1 / the sum of exp(score - largest) */
     const float *cos, *sin;
     const int64_t *first;
+    void *cached_k, *cached_v;    /* (B, H_kv, S, K), apart by `by` entries along the first three; or NULL */
+    const int64_t *past, *counts; /* (B,) with a cache */
     int64_t b, t, heads, kv_heads, k, rope, norm, window, bf16;
+    int64_t by[3], longest, last; /* longest: the most keys of a text; last: of each text the last query alone */
     double scale, eps;
 } attention;
 
@@ -38,7 +41,7 @@ typedef struct {
     float *scores, *d_scores, *score_cells;                          /* (QUERIES, T) */
 } room;
 
-static int64_t tall(const attention *a) { return padded(a->t, QUERIES); }
+static int64_t tall(const attention *a) { return padded(a->longest, QUERIES); }
 static int64_t wide(const attention *a) { return padded(a->k, COLS); }
 static int64_t pitch(const attention *a) { return (a->heads + 2 * a->kv_heads) * a->k; }
 
@@ -57,13 +60,17 @@ static float *furnish(const attention *a, room *r) {
     return all;
 }
 
+static int64_t before(const attention *a, int64_t b) { return a->past ? a->past[b] : 0; }
+static int64_t count(const attention *a, int64_t b) { return a->counts ? a->counts[b] : a->t; }
+
 /* Where head `h` of q, k and v, counted together, is in the row of a position. */
 static int64_t place(const attention *a, int64_t b, int64_t t, int64_t h) { return (b * a->t + t) * pitch(a) + h * a->k; }
 
 INLINE void turned_of(const attention *a, int64_t b, int64_t t, int64_t h, float *to, const int64_t K) {
     widen(a->qkv, place(a, b, t, h), (int)a->bf16, to, K);
     if (a->norm) normalise(to, K, (int)a->norm, (float)a->eps);
-    if (a->rope) rotate(to, a->cos + t * a->rope, a->sin + t * a->rope, a->rope, 1.f);
+    const int64_t at = (before(a, b) + t) * a->rope;
+    if (a->rope) rotate(to, a->cos + at, a->sin + at, a->rope, 1.f);
 }
 
 /* Heads of usual sizes by code for them alone: half the time. */
@@ -108,9 +115,8 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The first key that query t of text b sees. */
 static int64_t begin(const attention *a, int64_t b, int64_t t) {
-    int64_t at = a->first ? a->first[b * a->t + t] : 0;
-    if (a->window && t + 1 - a->window > at) at = t + 1 - a->window;
-    return at;
+    const int64_t at = a->first ? a->first[b * a->t + t] : 0, near = before(a, b) + t + 1 - a->window;
+    return a->window && near > at ? near : at;
 }
 
 /* The keys that any of the queries from t sees, in whole columns. */
@@ -118,7 +124,7 @@ static void span(const attention *a, int64_t b, int64_t t, int64_t n, int64_t *f
     *from = begin(a, b, t);
     for (int64_t i = 1; i < n; i++) *from = least(*from, begin(a, b, t + i));
     *from = *from / COLS * COLS;
-    *to = least(padded(t + n, COLS), tall(a));
+    *to = least(padded(before(a, b) + t + n, COLS), tall(a));
 }
 
 /* Scores of queries t to t + n (in r->q) with their keys; what is not seen has exp 0. */
@@ -130,7 +136,7 @@ INLINE void score(const attention *a, const room *r, int64_t b, int64_t t, int64
     for (int64_t i = 0; i < n; i++) {
         float *row = r->scores + i * L;
         for (int64_t j = from; j < begin(a, b, t + i); j++) row[j] = -INFINITY;
-        for (int64_t j = t + i + 1; j < to; j++) row[j] = -INFINITY;
+        for (int64_t j = before(a, b) + t + i + 1; j < to; j++) row[j] = -INFINITY;
     }
 }
 
@@ -168,14 +174,14 @@ static void queries(const attention *a, room *r, int64_t b, int64_t t, int64_t n
 }
 
 INLINE void forward_head(const attention *a, room *r, int64_t b, int64_t h, const int half) {
-    const int64_t W = wide(a), K = a->k, L = tall(a);
-    for (int64_t t = 0, n; t < a->t; t += n) {
+    const int64_t W = wide(a), K = a->k, L = tall(a), end = count(a, b);
+    for (int64_t t = a->last && end ? end - 1 : 0, n; t < end; t += n) {
         int64_t from, to;
-        n = least(QUERIES, a->t - t);
+        n = least(QUERIES, end - t);
         queries(a, r, b, t, n, h);
         span(a, b, t, n, &from, &to);
         score(a, r, b, t, n, from, to, half);
-        float *tops = a->tops + ((b * a->heads + h) * a->t + t) * 2;
+        float unkept[2 * QUERIES], *tops = a->tops ? a->tops + ((b * a->heads + h) * a->t + t) * 2 : unkept;
         for (int64_t i = 0; i < n; i++) {
             tops[2 * i] = largest(r->scores + i * L, from, to);
             tops[2 * i + 1] = 1.f / exponents(r->scores + i * L, from, to, tops[2 * i]);
@@ -240,13 +246,33 @@ INLINE void backward_head(const attention *a, room *r, int64_t b, int64_t h, con
     }
 }
 
-/* The keys and values of key head `g`, all positions. */
+/* A new key and value to the cache. */
+static void remember(const attention *a, room *r, int64_t b, int64_t t, int64_t g) {
+    const int64_t at = b * a->by[0] + g * a->by[1] + (before(a, b) + t) * a->by[2], size = a->bf16 ? 2 : 4;
+    turned(a, b, t, a->heads + g, r->keys);
+    narrow(a->cached_k, at, (int)a->bf16, r->keys, a->k);
+    const char *value = (const char *)a->qkv + place(a, b, t, a->heads + a->kv_heads + g) * size;
+    memcpy((char *)a->cached_v + at * size, value, (size_t)(a->k * size));
+}
+
+/* The keys and values of key head `g`, all positions; 0 where a text has ended and another of the batch has not. */
 INLINE void gather(const attention *a, room *r, int64_t b, int64_t g, const int half) {
-    const int64_t W = wide(a), L = tall(a);
-    for (int64_t t = 0; t < a->t; t++) {
-        turned(a, b, t, a->heads + g, r->keys + t * W);
-        widen(a->qkv, place(a, b, t, a->heads + a->kv_heads + g), (int)a->bf16, r->values + t * W, a->k);
+    const int64_t W = wide(a), L = tall(a), all = before(a, b) + count(a, b);
+    if (a->cached_k)
+        for (int64_t t = 0; t < count(a, b); t++) remember(a, r, b, t, g);
+    for (int64_t t = 0; t < all; t++) {
+        const int64_t at = b * a->by[0] + g * a->by[1] + t * a->by[2];
+        if (a->cached_k)
+            widen(a->cached_k, at, (int)a->bf16, r->keys + t * W, a->k);
+        else
+            turned(a, b, t, a->heads + g, r->keys + t * W);
+        if (a->cached_k)
+            widen(a->cached_v, at, (int)a->bf16, r->values + t * W, a->k);
+        else
+            widen(a->qkv, place(a, b, t, a->heads + a->kv_heads + g), (int)a->bf16, r->values + t * W, a->k);
     }
+    memset(r->keys + all * W, 0, (size_t)((L - all) * W) * 4);
+    memset(r->values + all * W, 0, (size_t)((L - all) * W) * 4);
     cells_of_rows(r->keys, L, W, W, r->key_cells, W, half);
     transpose(r->key_cells, L, W >> half, W, r->keys_across, L);
 }

@@ -1,9 +1,10 @@
-"""Causal self-attention of a training step and its gradient by a C library, between two products of a block."""
+"""Causal self-attention and its gradient by a C library, between two products of a block; with a cache too."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from fnlm.clib.build import library
 
 NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}
 WIDEST = 256  # K at most
-_POINTERS = ("qkv", "g", "y", "d_qkv", "tops", "cos", "sin", "first")
+_POINTERS = ("qkv", "g", "y", "d_qkv", "tops", "cos", "sin", "first", "cached_k", "cached_v", "past", "counts")
 _SIZES = ("b", "t", "heads", "kv_heads", "k", "rope", "norm", "window", "bf16")
+_CACHED = ("by_row", "by_head", "by_position", "longest", "last")
 
 
 class How(NamedTuple):
@@ -37,7 +39,7 @@ class How(NamedTuple):
 class _Attention(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in _POINTERS],
-        *[(name, ctypes.c_int64) for name in _SIZES],
+        *[(name, ctypes.c_int64) for name in (*_SIZES, *_CACHED)],
         ("scale", ctypes.c_double),
         ("eps", ctypes.c_double),
     ]
@@ -65,13 +67,45 @@ def attend_backward(g: Tensor, qkv: Tensor, y: Tensor, tops: Tensor, how: How) -
     return d_qkv
 
 
-def _call(qkv: Tensor, how: How, y: Tensor, tops: Tensor, g: Tensor | None, d_qkv: Tensor | None) -> None:
+def attend_cached(
+    qkv: Tensor, k: Tensor, v: Tensor, past: Sequence[int], counts: Sequence[int], how: How, last: bool = False
+) -> Tensor:
+    """`attend` of T new tokens of each text, counts[b] of them meant, behind past[b] others: (B, T, H K).
+
+    k and v (B, H_kv, S, K), alike in memory and of qkv's type, are written and read; `how.rotation` has S rows. Of `y`
+    only what is meant says anything; with `last` only each text's last token.
+    """
+    y, numbers = qkv.new_empty(*qkv.shape[:2], how.heads * how.k), ctypes.c_int64 * len(past)
+    longest = max(p + n for p, n in zip(past, counts, strict=True))
+    cache = (k.data_ptr(), v.data_ptr(), numbers(*past), numbers(*counts))
+    _call(qkv.contiguous(), how, y, None, None, None, cache, (*k.stride()[:3], longest, int(last)))
+    return y
+
+
+def can_cache(qkv: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_cached` takes this cache for such rows."""
+    alike = k.stride() == v.stride() and k.stride(-1) == 1
+    return alike and k.dtype == v.dtype == qkv.dtype and k.device.type == v.device.type == "cpu"
+
+
+def _call(
+    qkv: Tensor,
+    how: How,
+    y: Tensor,
+    tops: Tensor | None,
+    g: Tensor | None,
+    d_qkv: Tensor | None,
+    cache: tuple[Any, ...] = (None, None, None, None),
+    cached: tuple[int, ...] = (),
+) -> None:
     lib = library("attend").library
     assert lib is not None
     cos, sin = how.rotation or (None, None)
     places = [None if x is None else x.data_ptr() for x in (qkv, g, y, d_qkv, tops, cos, sin, how.first)]
+    places += [x if x is None or isinstance(x, int) else ctypes.cast(x, ctypes.c_void_p).value for x in cache]
     b, t, _ = qkv.shape
     sizes = (b, t, how.heads, how.kv_heads, how.k, 0 if cos is None else cos.shape[-1], NORMS[how.norm], how.window)
-    job = _Attention(*places, *sizes, qkv.dtype == torch.bfloat16, how.scale, how.eps)
+    more = cached or (0, 0, 0, t, 0)
+    job = _Attention(*places, *sizes, qkv.dtype == torch.bfloat16, *more, how.scale, how.eps)
     if lib.fnlm_attend(ctypes.byref(job), ctypes.c_int64(torch.get_num_threads())):
-        raise MemoryError(f"attention over {t} positions needs more memory than there is")
+        raise MemoryError(f"attention over {more[3]} positions needs more memory than there is")
