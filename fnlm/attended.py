@@ -19,9 +19,12 @@ def attended(qkv: Tensor, how: How) -> Tensor:
 
 
 def suits(like: Tensor, cfg: ModelConfig, compute: Compute) -> bool:
-    """Whether the library computes this model's attention, of texts that are whole here, with nothing dropped."""
+    """Whether the library computes this model's attention, of texts that are whole here, with nothing dropped.
+
+    A compiled block is traced later than this is asked, and no call of a library can be.
+    """
     plain = compute.kernels != "auto" or cfg.positions == "alibi" or (cfg.qk_norm and cfg.norm_affine)
-    return not (plain or needs_plain()) and can_attend(like, cfg.head_dim)
+    return not (plain or needs_plain() or compute.compile == "block") and can_attend(like, cfg.head_dim)
 
 
 class _Attended(torch.autograd.Function):

@@ -222,6 +222,13 @@ def test_rows_of_other_kinds_are_left_to_torch() -> None:
     assert not clib.can_attend(x, WIDEST + 1)
 
 
+def test_compiled_blocks_are_left_to_the_compiler() -> None:
+    cfg, x = fnlm.PRESETS["shakespeare-char-cpu"], torch.ones(1)
+    assert attended.suits(x, cfg, fnlm.Compute())
+    assert not attended.suits(x, cfg, fnlm.Compute(compile="block"))
+    assert not attended.suits(x, cfg, fnlm.Compute(kernels="plain"))
+
+
 SMALL = {"vocab_size": 61, "n_layers": 2, "n_heads": 4, "d_model": 64, "seq_len": 48, "norm_eps": 1e-3}
 MODELS = [
     {},
