@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
@@ -20,8 +22,15 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         pairs = itertools.zip_longest(args, args[1:])
-        said = [f"{a}=int8" if a == "--quantize" and after not in BITS else a for a, after in pairs]
+        said = [f"{a}=int8" if a == "--quantize" and not _means_bits(after) else a for a, after in pairs]
         return super().parse_args(ctx, said)
+
+
+def _means_bits(word: str | None) -> bool:
+    """Whether what follows is meant for the option: one of its values, or what only a mistaken value looks like."""
+    return word in BITS or (
+        re.fullmatch(r"u?(int|fp|nf|q)?\d+", word or "") is not None and not Path(word or "").exists()
+    )
 
 
 def option(text: str) -> Callable[[F], F]:

@@ -33,6 +33,7 @@ MISTAKES = [
     # commands and options
     ("trian", USAGE, r"there is no command 'trian'; did you mean 'train'\? See 'fnlm --help'"),
     *((f"{name} --nonsense", USAGE, r".*nonsense.*") for name in ("prepare", "inspect", "doctor", "report", *MODEL)),
+    ("eval runs/tiny --quantize int5", USAGE, r".*'--quantize': 'int5' is not one of 'int8', 'int4'.*"),
     ("train demo data/tale --track wandbb", USAGE, r".*'wandbb' is not one of 'wandb', .*"),
     ("train demo data/tale --nonsense 3", USAGE, r"there is no setting 'nonsense'.*"),
     # settings
