@@ -98,14 +98,13 @@ def _library() -> ctypes.CDLL:
 
 
 @cache
-def _lanes() -> int:
+def _lanes(lib: ctypes.CDLL | None) -> int:
     """How many elements make a whole vector; 0: there is no library."""
-    lib = library("rows").library
     return 0 if lib is None else int(lib.fnlm_lanes())
 
 
 def _is_whole(x: Tensor) -> bool:
-    lanes = _lanes()
+    lanes = _lanes(library("rows").library)
     return x.is_cpu and lanes > 0 and x.shape[-1] % lanes == 0 and x.is_contiguous()
 
 
