@@ -39,7 +39,8 @@ class _Step(NamedTuple):
     """Where the new tokens of one call lie: `at` (B, T) positions; `start` of all rows where they agree, else None and
     `put` (rows, positions, index into B T) of the valid ones; `seen` the cached positions anyone looks at; `bias` on
     the scores of the last s of them (B, H_kv or 1, G or 1, T, s), None where all is seen; `each` the rows that are
-    looked at one by one. `how`: the C library attends, to `counts` tokens of each row behind `starts` others."""
+    looked at one by one. `how`: the C library attends, to `counts` tokens of each row behind `starts` others. `dtype`:
+    what products compute in; between blocks bfloat16 is carried on in float32, as the native step does."""
 
     at: Tensor
     start: int | None
@@ -51,6 +52,7 @@ class _Step(NamedTuple):
     how: clib.How | None = None
     starts: Sequence[int] = ()
     counts: Sequence[int] = ()
+    dtype: torch.dtype = torch.float32
 
 
 @torch.no_grad()
@@ -82,13 +84,15 @@ def decode(
         before = _tokens_before(cache, cfg)
         _write_(cache.tokens[:, None, :, None], tokens[..., None, None], step)
     x = embed(ready.root, tokens, cfg, None, axes, before, step.at)
+    step = step._replace(dtype=x.dtype)
+    x = x.float() if x.dtype == torch.bfloat16 else x
     new = tokens.shape[1] if lengths is None else lengths.to(cache.pos)
     last = None if every else (cache.pos.new_full((len(x),), new) if isinstance(new, int) else new).clamp(min=1) - 1
     blocks = list(zip(ready.blocks, cache.k.unbind(0), cache.v.unbind(0), strict=True))
     for p, k, v in blocks:
         x = _block(p, x, cfg, step, k, v, axes, last if p is blocks[-1][0] else None)
     x = x if every else x[:, 0]
-    x = pvary(norm(ready.root, "norm", x, cfg), axes.tensor)
+    x = pvary(norm(ready.root, "norm", x.to(step.dtype), cfg), axes.tensor)
     own = "head" if "head.weight" in ready.root else "embed.tokens"
     logits = shape_logits(linear(ready.root, own, x), cfg)
     return logits if logits.dtype == torch.float64 else logits.float(), cache._replace(pos=cache.pos + new)
@@ -237,10 +241,10 @@ def _block(
 
     `last` (B,): only what comes of each row's token there is wanted, (B, 1, D).
     """
-    a = _attend(p, norm(p, "attn_norm", x, cfg), cfg, step, k, v, axes, last)
+    a = _attend(p, norm(p, "attn_norm", x.to(step.dtype), cfg), cfg, step, k, v, axes, last)
     x = x if last is None else each_at(x, last)
     y = x if cfg.parallel_residual else x + a
-    m = mlp(p, norm(p, "mlp_norm", y, cfg), cfg, axes, "auto")
+    m = mlp(p, norm(p, "mlp_norm", y.to(step.dtype), cfg), cfg, axes, "auto")
     return x + a + m if cfg.parallel_residual else y + m
 
 
