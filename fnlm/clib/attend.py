@@ -46,8 +46,11 @@ class _Attention(ctypes.Structure):
 
 
 def can_attend(qkv: Tensor, k: int) -> bool:
-    """Whether the library is there and takes such rows, of heads so wide: float32 or bfloat16 on a CPU."""
-    known = qkv.is_cpu and qkv.dtype in (torch.float32, torch.bfloat16) and k <= WIDEST
+    """Whether the library is there and takes such rows, of heads so wide: float32 or bfloat16 on a CPU.
+
+    Or on the meta device, where nothing is computed and all is as large as on a CPU.
+    """
+    known = (qkv.is_cpu or qkv.is_meta) and qkv.dtype in (torch.float32, torch.bfloat16) and k <= WIDEST
     return known and library("attend").library is not None
 
 
@@ -100,6 +103,8 @@ def _call(
 ) -> None:
     lib = library("attend").library
     assert lib is not None
+    if qkv.is_meta:
+        return
     cos, sin = how.rotation or (None, None)
     places = [None if x is None else x.data_ptr() for x in (qkv, g, y, d_qkv, tops, cos, sin, how.first)]
     places += [x if x is None or isinstance(x, int) else ctypes.cast(x, ctypes.c_void_p).value for x in cache]

@@ -33,7 +33,10 @@ class _Activation(ctypes.Structure):
 
 
 def has_rows(*tensors: Tensor | None) -> bool:
-    """Whether the library takes these: of one type, float32 or bfloat16, on a CPU, rows of whole vectors, no gaps."""
+    """Whether the library takes these: of one type, float32 or bfloat16, on a CPU, rows of whole vectors, no gaps.
+
+    Or on the meta device, where nothing is computed and all is as large as on a CPU.
+    """
     there = [x for x in tensors if x is not None]
     kinds = {x.dtype for x in there}
     known = len(kinds) == 1 and kinds <= {torch.float32, torch.bfloat16}
@@ -44,7 +47,7 @@ def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps
     """LayerNorm or RMSNorm of rows (N, D), and each row's mean and 1 / deviation, (N, 2) float32."""
     y, stats = torch.empty_like(x), x.new_empty(len(x), 2, dtype=torch.float32)
     places = _addresses(x, weight, bias, None, None, y, None, stats, None, None)
-    _call("fnlm_norm", _Norm(*places, *x.shape, NORMS[kind], x.dtype == torch.bfloat16, eps))
+    _call(x, "fnlm_norm", _Norm(*places, *x.shape, NORMS[kind], x.dtype == torch.bfloat16, eps))
     return y, stats
 
 
@@ -55,7 +58,7 @@ def norm_backward(
     blocks = _library().fnlm_norm_blocks(ctypes.c_int64(len(x)))
     d_weight, d_bias = (None if w is None else w.new_empty(blocks, len(w), dtype=torch.float32) for w in (weight, bias))
     places = _addresses(x, weight, bias, g, more, None, g, stats, d_weight, d_bias)
-    _call("fnlm_norm", _Norm(*places, *x.shape, NORMS[kind], x.dtype == torch.bfloat16, 0.0))
+    _call(x, "fnlm_norm", _Norm(*places, *x.shape, NORMS[kind], x.dtype == torch.bfloat16, 0.0))
     d_w, d_b = (None if d is None else d.sum(0).to(x.dtype) for d in (d_weight, d_bias))
     return g, d_w, d_b
 
@@ -88,7 +91,7 @@ def _like(a: Tensor, up: Tensor | None) -> list[Tensor]:
 def _activate(kind: str, a: Tensor, up: Tensor | None, g: Tensor | None, y: Tensor, grads: list[Tensor]) -> None:
     d_a, d_up = [*grads, None, None][:2]
     places = _addresses(a, up, g, y, d_a, d_up)
-    _call("fnlm_activate", _Activation(*places, a.numel(), ACTIVATIONS[kind], a.dtype == torch.bfloat16))
+    _call(a, "fnlm_activate", _Activation(*places, a.numel(), ACTIVATIONS[kind], a.dtype == torch.bfloat16))
 
 
 def _library() -> ctypes.CDLL:
@@ -105,12 +108,14 @@ def _lanes(lib: ctypes.CDLL | None) -> int:
 
 def _is_whole(x: Tensor) -> bool:
     lanes = _lanes(library("rows").library)
-    return x.is_cpu and lanes > 0 and x.shape[-1] % lanes == 0 and x.is_contiguous()
+    return (x.is_cpu or x.is_meta) and lanes > 0 and x.shape[-1] % lanes == 0 and x.is_contiguous()
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:
     return [None if x is None else x.data_ptr() for x in tensors]
 
 
-def _call(name: str, what: ctypes.Structure) -> None:
+def _call(like: Tensor, name: str, what: ctypes.Structure) -> None:
+    if like.is_meta:
+        return
     getattr(_library(), name)(ctypes.byref(what), ctypes.c_int64(torch.get_num_threads()))
