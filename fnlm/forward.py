@@ -127,7 +127,7 @@ def _by_hand(x: Tensor, cfg: ModelConfig, places: Places, keys: list[Tensor] | N
     """Whether the sublayers with hand-written gradients compute what is asked for: in less memory where texts are long,
     and faster by the library, but all gradients of a sublayer come together then.
     """
-    long = x.device.type == "cpu" and (x.shape[1] > BLOCK or (places.how is not None and not lean))
+    long = x.device.type in ("cpu", "meta") and (x.shape[1] > BLOCK or (places.how is not None and not lean))
     dropped = keys is not None and (cfg.dropout_attn or cfg.dropout_residual)
     return long and not (dropped or cfg.parallel_residual or axes.tensor or axes.context or needs_plain())
 

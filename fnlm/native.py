@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fnlm import clib
 from fnlm.attention import Rotation, alibi_slopes, scale
+from fnlm.clib.rows import ACTIVATIONS
 from fnlm.config import ModelConfig
 from fnlm.types import Params
 
 FLOAT, BF16, INT8, INT4 = range(4)
 KINDS = {torch.float32: FLOAT, torch.bfloat16: BF16, torch.int8: INT8, torch.uint8: INT4}
-MLPS = ("gelu", "gelu-tanh", "relu", "relu2", "swiglu")
 
 
 def _record(name: str, *groups: tuple[Any, str]) -> type[ctypes.Structure]:
@@ -67,7 +67,7 @@ def lower(root: Params, blocks: Sequence[Params], rotation: Rotation | None, cfg
         blocks=ctypes.cast(array, ctypes.c_void_p), norm=_affine(root, "norm", owner),
         head=_matrix(root, head, owner), cos=owner.floats(cos), sin=owner.floats(sin), slopes=owner.floats(slopes),
         layers=cfg.n_layers, d=cfg.d_model, heads=cfg.n_heads, kv_heads=cfg.kv_heads, head_dim=cfg.head_dim,
-        ff=cfg.ff_dim, rms=cfg.norm == "rmsnorm", mlp=MLPS.index(cfg.mlp), parallel=cfg.parallel_residual,
+        ff=cfg.ff_dim, rms=cfg.norm == "rmsnorm", mlp=ACTIVATIONS[cfg.mlp], parallel=cfg.parallel_residual,
         qk_norm=cfg.qk_norm, rope=0 if rotation is None else cfg.rope_dim, window=cfg.window or 0,
         eps=cfg.norm_eps, scale=scale(cfg), softcap=cfg.logit_softcap or 0,
         logits=cfg.mup_base / cfg.d_model if cfg.init == "mup" else 1,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fnlm.clib.build import library
+from fnlm.clib.rows import NORMS
 
-NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}
 WIDEST = 256  # K at most
 _POINTERS = ("qkv", "g", "y", "d_qkv", "tops", "cos", "sin", "first", "cached_k", "cached_v", "past", "counts")
 _SIZES = ("b", "t", "heads", "kv_heads", "k", "rope", "norm", "window", "bf16")

@@ -3,10 +3,7 @@
    Rows have `wide` columns, K of them used: a multiple of 2 LANES, the others 0. What is multiplied lies in cells of four
    bytes, a float or, with `half`, two bfloat16 that follow each other along the sum. */
 
-enum { PLAIN, LAYERNORM, RMSNORM };
 enum { ROWS = LANES == 16 ? 8 : 4, COLS = 2 * LANES };
-
-#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 
 INLINE int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

@@ -57,8 +57,6 @@ static const void *inputs(const matrix *m, const float *x, int64_t n, void *room
     return to;
 }
 
-#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
-
 /* LANES entries of each row times those of each x, added to the sums. */
 INLINE void along(const int kind, const int R, const int B, const char *w, int64_t bytes, const float **xs, int64_t k,
                   vfloat *sum) {

@@ -8,8 +8,6 @@
 #include "vector.h"
 #include "team.h"
 
-enum { LAYERNORM = 1, RMSNORM };
-enum { GELU, GELU_TANH, RELU, RELU2, SWIGLU };
 enum { BLOCK = 64, PIECE = 1 << 13 }; /* rows of a norm; elements of an activation */
 
 /* x, y, g, d_x, more (rows, n), n a multiple of LANES; weight, bias (n,) or NULL, in x's type; stats (rows, 2): the mean, and 1 / deviation.

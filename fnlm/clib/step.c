@@ -7,8 +7,6 @@
 #include "products.h"
 #include "team.h"
 
-enum { GELU, GELU_TANH, RELU, RELU2, SWIGLU };
-
 typedef struct {
     const float *w, *b;
 } affine;

@@ -17,6 +17,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
+
+/* As fnlm/clib/rows.py numbers them. */
+enum { PLAIN, LAYERNORM, RMSNORM };
+enum { GELU, GELU_TANH, RELU, RELU2, SWIGLU };
 
 typedef float vfloat __attribute__((vector_size(4 * LANES)));
 typedef int32_t vint __attribute__((vector_size(4 * LANES)));
