@@ -108,14 +108,14 @@ class _Mlp(torch.autograd.Function):
         rows, half = x.flatten(0, 1), len(ups) // 2
         h, stats = _norm(rows, nw, nb, cfg)
         inner = [F.linear(h, w, b) for w, b in zip(ups[:half], ups[half:], strict=True)]
-        kept = keeps(x.shape[1])
-        ctx.factors = kept and clib.has_rows(*inner)
+        kept, by_library = keeps(x.shape[1]), clib.has_rows(*inner)
+        ctx.factors = kept and by_library
         if ctx.factors:
             active, inner = clib.activated_with_factors(cfg.mlp, *inner)
+        elif by_library:
+            active = clib.activated(cfg.mlp, *inner)
         else:
-            active = (
-                clib.activated(cfg.mlp, *inner) if clib.has_rows(*inner) else activate(cfg.mlp, *inner, by_hand=True)
-            )
+            active = activate(cfg.mlp, *inner, by_hand=True)
         ctx.save_for_backward(x, *stats, *weights, *inner, *([h, active] if kept else []))
         ctx.cfg, ctx.half = cfg, half
         return _add_linear(rows, active, wd, bd).view_as(x)

@@ -7,22 +7,7 @@ import threading
 import pytest
 
 from fnlm.sharding.meeting import meet
-
-
-class Words:
-    """A store in memory."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, str] = {}
-
-    def set(self, key: str, value: str) -> None:
-        self.held[key] = value
-
-    def get(self, key: str) -> bytes:
-        return self.held[key].encode()
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self.held for key in keys)
+from tests.sharding.words import Words
 
 
 def met(store: Words, order: list[int], timeout: float = 10.0) -> list[str]:
