@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "types",
     "tree",
-    "machine < clib | held",
+    "machine < clib | held | pages",
     "random < dropout | environment | fields < names < config < overrides | collectives | compiling | kernels",
     "attended < attention < blocked < rotary < places < ngrams < linear < mlp < norms < embedding < sublayers < "
     "forward < losses | optim | "

@@ -181,14 +181,12 @@ class Models:
             _log.warning("%s: the newer checkpoint cannot be read, the one in memory is kept: %s", name, error)
             return kept[1]
         dtype = dtype_of("bf16" if self.quantize else self.precision, self.device, params.count(model.cfg))
-        weights = {name: p.to(dtype) for name, p in model.params.items()}
         said = f"int{self.quantize}" if self.quantize else str(dtype).removeprefix("torch.")
         _log.info("loaded %s, step %d, %s", name, model.step, said)
-        cfg, tokenizer, step = model.cfg, model.tokenizer, model.step
-        del model  # the same in another type
-        return Loaded(
-            cfg, prepare(quantize(weights, self.quantize) if self.quantize else weights, cfg), tokenizer, step
-        )
+        weights = model.params
+        if self.quantize:
+            weights = quantize({name: p.to(dtype) for name, p in weights.items()}, self.quantize)
+        return Loaded(model.cfg, prepare(weights, model.cfg, dtype), model.tokenizer, model.step)
 
     def _describe(self, name: str, path: Path) -> About | None:
         try:

@@ -56,7 +56,11 @@ static void normalise(const model *m, affine p, const float *x, int64_t n, float
     square = total(sum);
     for (; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
     const float rate = 1.f / sqrtf(square / (float)n + (float)m->eps);
-    for (i = 0; i < n; i++) {
+    for (i = 0; i + LANES <= n; i += LANES) {
+        const vfloat v = (load(x + i) - mean) * rate;
+        store(out + i, (p.w ? v * load(p.w + i) : v) + (p.b ? load(p.b + i) : all(0)));
+    }
+    for (; i < n; i++) {
         const float v = (x[i] - mean) * rate;
         out[i] = (p.w ? v * p.w[i] : v) + (p.b ? p.b[i] : 0.f);
     }
@@ -79,7 +83,13 @@ static void turn(const model *m, affine norm, float *x, int64_t pos) {
     if (m->qk_norm) normalise(m, norm, x, m->head_dim, x);
     const int64_t half = m->rope / 2;
     const float *cos = m->cos + pos * half, *sin = m->sin + pos * half;
-    for (int64_t i = 0; i < half; i++) {
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        const vfloat first = load(x + i), second = load(x + i + half);
+        store(x + i, first * load(cos + i) - second * load(sin + i));
+        store(x + i + half, second * load(cos + i) + first * load(sin + i));
+    }
+    for (; i < half; i++) {
         const float first = x[i], second = x[i + half];
         x[i] = first * cos[i] - second * sin[i];
         x[i + half] = second * cos[i] + first * sin[i];
@@ -92,7 +102,7 @@ static int64_t place(const cache *c, int64_t layer, int64_t row, int64_t head, i
 
 static void remember(const cache *c, void *to, int64_t at, const float *x, int64_t n) {
     if (c->bf16)
-        for (int64_t i = 0; i < n; i++) ((uint16_t *)to)[at + i] = float_to_bf16(x[i]);
+        round_all((uint16_t *)to + at, x, n);
     else
         memcpy((float *)to + at, x, (size_t)n * 4);
 }
@@ -129,14 +139,12 @@ INLINE float cached1(const int bf16, const void *p, int64_t at) {
 /* q k^T of R positions one after another, `by` entries apart. */
 INLINE void scores(const int bf16, const int R, const float *q, const void *k, int64_t at, int64_t by, int64_t K,
                    float *out) {
-    vfloat sum[4];
+    vfloat sum[8];
     int64_t i = 0;
     EACH(r, R) sum[r] = (vfloat){0};
     for (; i + LANES <= K; i += LANES) EACH(r, R) sum[r] += load(q + i) * cached(bf16, k, at + r * by + i);
-    EACH(r, R) {
-        out[r] = total(sum[r]);
-        for (int64_t j = i; j < K; j++) out[r] += q[j] * cached1(bf16, k, at + r * by + j);
-    }
+    totals(R, sum, out);
+    for (; i < K; i++) EACH(r, R) out[r] += q[i] * cached1(bf16, k, at + r * by + i);
 }
 
 /* N vectors of the weighted sum of values. */
@@ -174,7 +182,7 @@ INLINE void look(const int bf16, const step *s, int64_t layer, int64_t b, int64_
     float *q = s->q + (b * (m->heads + 2 * m->kv_heads) + head) * K, *out = s->a + (b * m->heads + head) * K;
     int64_t i = 0;
     for (int64_t j = 0; j < K; j++) q[j] *= (float)m->scale;
-    for (; i + 4 <= count; i += 4) scores(bf16, 4, q, s->c->k, at + i * by, by, K, p + i);
+    for (; i + 8 <= count; i += 8) scores(bf16, 8, q, s->c->k, at + i * by, by, K, p + i);
     for (; i < count; i++) scores(bf16, 1, q, s->c->k, at + i * by, by, K, p + i);
     if (m->slopes)
         for (i = 0; i < count; i++) p[i] -= m->slopes[head] * (float)(count - 1 - i);
@@ -232,23 +240,20 @@ static void widen(const step *s, const block *p, int id, int size, float *mine) 
     }
 }
 
+static void plus(const float *x, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(out + i, load(x + i) + load(out + i));
+    for (; i < n; i++) out[i] += x[i];
+}
+
 /* out = x + W in, this thread's rows. */
 static void add(const step *s, const matrix *w, const float *from_in, const float *x, float *out, int id, int size, float *mine) {
-    const int64_t d = s->m->d, size_in = halves(w) ? 2 : 4;
-    const char *in = inputs(w, from_in, s->n * w->k, mine + s->room);
+    const int64_t d = s->m->d;
+    const void *in = inputs(w, from_in, s->n * w->k, mine + s->room);
     int64_t from, to;
-    float sum[64 * TOGETHER];
     share(d, id, size, 4, &from, &to);
-    for (int64_t b = 0; b < s->n; b += TOGETHER) {
-        const int64_t few = s->n - b < TOGETHER ? s->n - b : TOGETHER;
-        for (int64_t row = from; row < to; row += 64) {
-            const int64_t end = row + 64 < to ? row + 64 : to;
-            multiply(w, row, end, in + b * w->k * size_in, w->k, few, sum - row, 64);
-            for (int64_t j = 0; j < few; j++)
-                for (int64_t i = row; i < end; i++)
-                    out[(b + j) * d + i] = x[(b + j) * d + i] + sum[j * 64 + i - row];
-        }
-    }
+    multiply(w, from, to, in, w->k, s->n, out, d);
+    for (int64_t b = 0; b < s->n; b++) plus(x + b * d + from, to - from, out + b * d + from);
 }
 
 static void blocks(team *t, int id, int size, void *data) {
@@ -274,6 +279,7 @@ static void blocks(team *t, int id, int size, void *data) {
     normalise_all(s, m->norm, s->x, mine);
     const void *in = inputs(&m->head, mine + skip * m->d, s->wanted * m->d, mine + s->room);
     multiply(&m->head, from, to, in, m->d, s->wanted, s->logits, m->head.n);
+    if (m->logits == 1 && !m->softcap) return;
     for (int64_t b = 0; b < s->wanted; b++)
         for (int64_t i = from; i < to; i++) {
             float *y = s->logits + b * m->head.n + i;

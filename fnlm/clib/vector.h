@@ -136,6 +136,35 @@ INLINE float total(vfloat v) {
 #endif
 }
 
+#if LANES == 16
+/* Sums of halves, as total takes them, of a and b beside each other. */
+INLINE __m512 fold(const int step, __m512 a, __m512 b) {
+    if (step == 0) return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    if (step == 1) return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    if (step == 2) return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+
+INLINE __m512 fold4(const vfloat *v) {
+    return fold(1, fold(0, (__m512)v[0], (__m512)v[1]), fold(0, (__m512)v[2], (__m512)v[3]));
+}
+#endif
+
+/* total of each of n vectors, to the bit; of 8 or 16 in a third of the instructions. */
+INLINE void totals(const int n, const vfloat *v, float *out) {
+    int i = 0;
+#if LANES == 16
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (; i + 8 <= n; i += i + 16 <= n ? 16 : 8) {
+        const __m512 first = fold(2, fold4(v + i), fold4(v + i + 4));
+        const __m512 second = i + 16 <= n ? fold(2, fold4(v + i + 8), fold4(v + i + 12)) : first;
+        const __m512 all = _mm512_permutexvar_ps(order, fold(3, first, second));
+        memcpy(out + i, &all, i + 16 <= n ? 64 : 32);
+    }
+#endif
+    for (; i < n; i++) out[i] = total(v[i]);
+}
+
 INLINE vfloat pick(vint mask, vfloat yes, vfloat no) { return (vfloat)((mask & (vint)yes) | (~mask & (vint)no)); }
 
 /* exp, to 2e-7 of itself: 2^n times a polynomial on half a power of two either side (Cephes' coefficients). */
