@@ -196,7 +196,6 @@ def _one_shape(
         asked = job | {"run": _place("matmul_gflops")}
         for precision in sorted({c.precision for c in field}):
             gflops[precision] = probe.ask("call", asked | {"precision": precision})["value"]
-        probe.ask("call", job | {"run": _place("touch_memory")})
     if job["against"]:
         job["weights"] = str(folder / "weights.safetensors")
         with Worker("weights", job["threads"], folder / "weights") as writer:

@@ -130,28 +130,6 @@ def from_nanogpt(state: Weights) -> Weights:
     return out | {"norm.weight": state["transformer.ln_f.weight"]}
 
 
-def touch_memory(job: Job) -> int:
-    """Write once to as much memory as all contestants will need, at most half of what is free; returns the bytes.
-
-    A virtual machine gets a page from its host when it is first written to, several times slower than later: without
-    this, who starts last would have the slowest first step.
-    """
-    import torch
-
-    shape = job["shape"]
-    parameters = shape["d_model"] * (12 * shape["n_layers"] * shape["d_model"] + shape["vocab_size"])
-    free = next((int(x.split()[1]) * 1024 for x in _lines("/proc/meminfo") if x.startswith("MemAvailable")), 0)
-    size = min(80 * parameters, free // 2)  # three of 16 bytes a parameter, their copies and activations
-    return torch.ones(size, dtype=torch.uint8).numel()
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
 def matmul_gflops(job: Job) -> float | None:
     """The best rate in GFLOP/s of a square product in the job's precision; None for a precision nobody can time.
 
