@@ -46,7 +46,7 @@ def test_other_devices_keep_theirs() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_it_goes_with_its_tensors_and_children_do_not_write_into_it() -> None:
-    """The room is forgotten while its tensors live; a shared mapping would be another kind of memory, in small pages."""
+    """The room is forgotten while its tensors live; a shared mapping would be memory of another kind."""
 
     def mapped() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0]) * 4096
