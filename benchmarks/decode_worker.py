@@ -35,7 +35,7 @@ def ours(model: str, kind: str) -> Write:
     route_fp32_to_onednn()  # as the server does
     if kind.startswith("int"):
         params = quantize({name: p.to(torch.bfloat16) for name, p in params.items()}, 8 if kind == "int8" else 4)
-    ready = prepare(params, cfg, torch.float32 if kind == "fp32" else torch.bfloat16)
+    ready = prepare(params, cfg, torch.float32 if kind == "fp32" else torch.bfloat16, donate=True)  # as it does too
 
     def write(prompts: list[list[int]], tokens: int) -> None:
         settings = Settings(temperature=0, max_tokens=tokens, min_tokens=tokens)

@@ -22,16 +22,19 @@ from fnlm.config import Compute, ModelConfig
 from fnlm.embedding import embed, reach
 from fnlm.forward import shape_logits, turn
 from fnlm.linear import linear
+from fnlm.lowered import FEW, Row, together
 from fnlm.mlp import mlp
 from fnlm.norms import norm
 from fnlm.places import how_of
 from fnlm.prepared import Prepared, prepare
 from fnlm.types import Params
 
-__all__ = ["CHUNK", "KVCache", "Prepared", "decode", "init_cache", "padded", "picked", "prefill", "prepare"]
+__all__ = [
+    "CHUNK", "FEW", "KVCache", "Prepared", "Row", "decode", "init_cache", "padded", "picked", "prefill", "prepare",
+    "together",
+]  # fmt: skip
 
 CHUNK = 512  # prompt tokens at a time: on a CPU a tenth faster to the first token than 256, or 1,500, at once
-FEW = 64  # tokens of one text up to which the native step takes them at once
 _PLAIN = Compute(kernels="plain")
 
 
@@ -107,27 +110,18 @@ def _is_native(ready: Prepared, tokens: Tensor, cache: KVCache, lengths: Tensor 
 def _native(
     ready: Prepared, tokens: Tensor, cfg: ModelConfig, cache: KVCache, lengths: Tensor | None, every: bool
 ) -> tuple[Tensor, KVCache]:
-    """`decode` by the C library: each row's bits depend on its own text alone, in every dtype, and on any company."""
+    """`decode` by the C library."""
     starts, counts = _room(tokens, cache, lengths)
-    at = cache.pos[:, None] + torch.arange(tokens.shape[1])
-    before = _tokens_before(cache, cfg) if reach(cfg) else None
-    x = embed(ready.root, tokens, cfg, None, LOCAL, before, at.clamp(max=cfg.seq_len - 1)).flatten(0, 1)
-    rows = [b for b, n in enumerate(counts) for _ in range(n)]
-    places = [s + i for s, n in zip(starts, counts, strict=True) for i in range(n)]
-    meant = torch.tensor(rows, dtype=torch.int64)
-    if before is not None:
-        cache.tokens[meant, torch.tensor(places, dtype=torch.int64)] = (
-            tokens.flatten() if tokens.shape[1] > 1 else tokens[meant, 0]
+    rows = zip(cache.k.unbind(1), cache.v.unbind(1), cache.tokens, starts, strict=True)
+    texts, meant = [Row(*row) for row in rows], [b for b, n in enumerate(counts) if n]
+    given: list[list[int]] = tokens.tolist()
+    logits = together(ready, [texts[b] for b in meant], [given[b] for b in meant], cfg, every)
+    if len(meant) < len(counts):
+        logits = logits.new_zeros(len(counts), logits.shape[1]).index_copy_(
+            0, torch.tensor(meant, dtype=torch.int64), logits
         )
-    x = x if len(x) == len(rows) else x[meant]
-    assert ready.native is not None
-    logits = native.step(
-        ready.native, x, cache.k, cache.v, rows, places, len(rows) if tokens.shape[1] == 1 or every else 1
-    )
-    if lengths is not None:
-        logits = logits.new_zeros(len(tokens), logits.shape[1]).index_copy_(0, meant, logits)
     new = tokens.shape[1] if lengths is None else lengths.to(cache.pos)
-    return logits.unflatten(0, (len(tokens), -1)) if every else logits, cache._replace(pos=cache.pos + new)
+    return logits.unflatten(0, (len(counts), -1)) if every else logits, cache._replace(pos=cache.pos + new)
 
 
 def prefill(

@@ -40,7 +40,7 @@ _Model = _record(
     (ctypes.c_int64, "layers d heads kv_heads head_dim ff rms mlp parallel qk_norm rope window"),
     (ctypes.c_double, "eps scale logits softcap"),
 )
-_Cache = _record("Cache", (ctypes.c_void_p, "k v"), (ctypes.c_int64, "bf16 layer row head pos"))
+_Cache = _record("Cache", (ctypes.c_int64, "bf16 layer head pos"))
 
 
 class Native(NamedTuple):
@@ -76,22 +76,31 @@ def lower(root: Params, blocks: Sequence[Params], rotation: Rotation | None, cfg
 
 
 def step(
-    native: Native, x: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], positions: Sequence[int], wanted: int
+    native: Native,
+    x: Tensor,
+    texts: Sequence[tuple[Tensor, Tensor]],
+    which: Sequence[int],
+    positions: Sequence[int],
+    wanted: int,
 ) -> Tensor:
     """Logits (wanted, V), float32, of the last of n tokens whose embeddings are x (n, D), each after its own text.
 
-    Token i goes to position positions[i] of row rows[i] in k and v (L, B, H_kv, S, K), which are written; tokens of one
-    row come in their order. All that a token's logits depend on is its text: not the others, nor how many there are.
+    Token i goes to positions[i] of the k and v (L, H_kv, S, K) of texts[which[i]], which are written; all lie alike in
+    memory. Tokens of one text come in any order, with none left out. All that a token's logits depend on is its text:
+    not the others, nor how many there are.
     """
     library = clib.library("step").library
     assert library is not None
-    n = len(rows)
+    n, like = len(which), texts[0][0]
+    assert all(p.stride() == like.stride() and p.dtype == like.dtype for text in texts for p in text)
     x = x.float().contiguous()
     logits = torch.empty((wanted, native.model.head.n), dtype=torch.float32)
-    cache = _Cache(k.data_ptr(), v.data_ptr(), k.dtype == torch.bfloat16, *k.stride()[:4])
+    cache = _Cache(like.dtype == torch.bfloat16, *like.stride()[:3])
     number, pointer, threads = ctypes.c_int64, ctypes.c_void_p, torch.get_num_threads()
+    at = [(k.data_ptr(), v.data_ptr()) for k, v in texts]
+    keys, values = ((pointer * n)(*(at[i][part] for i in which)) for part in (0, 1))
     failed = library.fnlm_step(
-        ctypes.byref(native.model), ctypes.byref(cache), pointer(x.data_ptr()), (number * n)(*rows),
+        ctypes.byref(native.model), ctypes.byref(cache), pointer(x.data_ptr()), keys, values,
         (number * n)(*positions), number(n), number(wanted), pointer(logits.data_ptr()), number(threads),
     )  # fmt: skip
     if failed:

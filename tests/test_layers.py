@@ -21,7 +21,7 @@ FLOORS = (
     "forward < losses | optim | "
     "sharding | tokenizers | world | cleaning",
     "params < lora < trainable < presets | sampling | merging | data | quantize | "
-    "cache < cached < native < prepared < decode",
+    "cache < cached < native < prepared < lowered < decode",
     "links < step < sharded_optim < sharded < forecast < elastic | tokens < speculate < generate | evaluate | "
     "checkpoint < interop < trained | lift | budget",
     "track < loop | report | evaluation | benchmark_peers < benchmark_strategies | "

@@ -5,21 +5,25 @@ uses a batch. The native step gives a row the same bits in any company; what tor
 differ in the last ones. In other types those would show, so there (`exact`) prompts are cut at fixed places, and only
 what was read that way is taken over: then a text is the same to the bit, whatever its neighbours do. Where there is no
 native step, every step has one shape then, and attention goes row by row.
+
+A native step reads the weights once for all rows of all lanes, and for short prompts that are to be read beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fnlm.config import ModelConfig
-from fnlm.decode import KVCache, Prepared, decode, init_cache
+from fnlm.decode import FEW, KVCache, Prepared, Row, decode, init_cache, together
 
 ROWS = 8  # of a lane: what one step computes together; more lanes are made as they are needed
 CHUNK, SHORT = 256, 128  # tokens of a prompt at a time: alone, and while others are written
+WORTH = 16  # tokens that two prompts share, from which on the second waits until the first has read them
 
 
 @dataclass(eq=False)
@@ -45,6 +49,11 @@ class Slot:
         own, lane = slice(self.row, self.row + 1), self.lane
         return KVCache(lane.k[:, own], lane.v[:, own], lane.pos.new_tensor([self.filled]), lane.tokens[own])
 
+    def text(self) -> Row:
+        """The same, for a step with texts of other lanes."""
+        lane, row = self.lane, self.row
+        return Row(lane.k[:, row], lane.v[:, row], lane.tokens[row], self.filled)
+
 
 class Batch:
     """The rows of one model. `join` a prompt, `fill` until it is read, then `advance` with a token a step; `leave`."""
@@ -54,9 +63,11 @@ class Batch:
         self.weights, self.cfg, self.rows = weights, cfg, rows
         self.dtype, self.device = table.dtype, table.device
         self.exact = self.dtype != torch.float32 if exact is None else exact
-        self._one_shape = self.exact and weights.native is None
+        self._native = weights.native is not None and self.dtype in (torch.float32, torch.bfloat16)
+        self._one_shape = self.exact and not self._native
         self.slots: list[Slot] = []
         self._reading: list[Slot] = []
+        self._along = 0  # tokens of prompts that the last step has read beside others
         self._joins = 0
 
     def join(self, prompt: list[int]) -> Slot:
@@ -80,29 +91,81 @@ class Batch:
             self._reading.remove(slot)
 
     def fill(self, budget: int = CHUNK) -> list[tuple[Slot, Tensor]]:
-        """Read about `budget` tokens of prompts, in turn; (slot, logits (V,)) of those that are read to the end."""
-        done = []
+        """Read about `budget` tokens of prompts, in turn, less what the step before has read of them; (slot, logits
+        (V,)) of those that are read to the end."""
+        done = list[tuple[Slot, Tensor]]()
+        budget, self._along = budget - self._along, 0
         while self._reading and budget > 0:
-            slot = self._reading.pop(0)
-            self._take_over(slot)
-            n = min(slot.missing, SHORT - slot.filled % SHORT if self.exact else budget)
-            new = torch.tensor([slot.tokens[slot.filled : slot.filled + n]], device=self.device)
-            logits, _ = decode(self.weights, new, self.cfg, slot.view())
-            slot.read = slot.filled = slot.filled + n
-            budget -= n
-            if slot.missing:
-                self._reading.append(slot)
-            else:
-                done.append((slot, logits[0]))
+            pieces = self._short(budget) if self._native else {}
+            logits = self._together(pieces) if pieces else self._first(pieces, budget)
+            budget -= sum(pieces.values())
+            self._have_read(pieces)
+            done += [(slot, row) for slot, row in zip(pieces, logits, strict=True) if not slot.missing]
         return done
 
     def advance(self, new: Mapping[Slot, int]) -> tuple[list[Slot], Tensor]:
-        """One more token for each of these rows: the rows, and the logits (n, V) after each."""
+        """One more token for each of these rows: the rows, and the logits (n, V) after each. So for prompts that were
+        read to their end beside them."""
+        if self._native:
+            return self._advance(new)
         lanes: dict[int, list[Slot]] = {}
         for slot in new:
             lanes.setdefault(id(slot.lane), []).append(slot)
         parts = [self._step(slots, new) for slots in lanes.values()]
         return [slot for slots in lanes.values() for slot in slots], torch.cat(parts)
+
+    def _advance(self, new: Mapping[Slot, int]) -> tuple[list[Slot], Tensor]:
+        pieces = self._short(FEW)
+        self._along = sum(pieces.values())
+        for slot, token in new.items():
+            slot.tokens.append(token)
+        logits = self._together({**dict.fromkeys(new, 1), **pieces})
+        self._have_read(pieces)
+        ended = [i for i, slot in enumerate([*new, *pieces]) if not slot.missing]
+        slots = [*new, *pieces]
+        return [slots[i] for i in ended], logits if len(ended) == len(slots) else logits[ended]
+
+    def _short(self, budget: int) -> dict[Slot, int]:
+        """Slots, taken from those that read, whose next pieces go together in one native step, and how long these are:
+        the first ones, as long as they are short. One that begins as another of them does waits for that."""
+        pieces, room = dict[Slot, int](), min(budget, FEW)
+        for slot in list(self._reading):
+            self._take_over(slot)
+            n = self._piece(slot)
+            if n > room:
+                break
+            if not any(self._common(other.tokens, slot.tokens) >= slot.filled + WORTH for other in pieces):
+                pieces[slot], room = n, room - n
+        self._reading = [slot for slot in self._reading if slot not in pieces]
+        return pieces
+
+    def _first(self, pieces: dict[Slot, int], budget: int) -> Tensor:
+        """Read the next piece of the first prompt, and note how long it is: logits (1, V)."""
+        slot = self._reading.pop(0)
+        self._take_over(slot)
+        n = pieces[slot] = self._piece(slot) if self.exact else min(slot.missing, budget)
+        new = torch.tensor([slot.tokens[slot.filled : slot.filled + n]], device=self.device)
+        logits, _ = decode(self.weights, new, self.cfg, slot.view())
+        slot.filled += n
+        return logits
+
+    def _piece(self, slot: Slot) -> int:
+        """How long the next piece of a prompt is: of several that are cut at fixed places, or all of it."""
+        return min(slot.missing, SHORT - slot.filled % SHORT) if self.exact else slot.missing
+
+    def _together(self, pieces: Mapping[Slot, int]) -> Tensor:
+        """Read so many tokens of each: logits (n, V)."""
+        new = [slot.tokens[slot.filled : slot.filled + n] for slot, n in pieces.items()]
+        logits = together(self.weights, [slot.text() for slot in pieces], new, self.cfg)
+        for slot, n in pieces.items():
+            slot.filled += n
+        return logits
+
+    def _have_read(self, pieces: Mapping[Slot, int]) -> None:
+        """These were of prompts; those with more to read wait for their turn again."""
+        for slot in pieces:
+            slot.read = slot.filled
+        self._reading += [slot for slot in pieces if slot.missing]
 
     def _step(self, slots: list[Slot], new: Mapping[Slot, int]) -> Tensor:
         """Of the rows of one lane. The rest of those in between rest: their length is 0, so nothing is written."""
@@ -123,8 +186,11 @@ class Batch:
 
     def _shared(self, slot: Slot, prompt: list[int]) -> int:
         """How many of a prompt's first tokens a row holds; the last is read anyway, for its logits."""
-        limit = min(slot.read if self.exact else slot.filled, len(prompt) - 1)
-        common = agreeing(slot.tokens, prompt, limit)
+        return self._common(slot.tokens[: slot.read if self.exact else slot.filled], prompt)
+
+    def _common(self, tokens: Sequence[int], prompt: Sequence[int]) -> int:
+        """How many of a prompt's first tokens would be taken over of a text that has been read."""
+        common = agreeing(tokens, prompt, min(len(tokens), len(prompt) - 1))
         return common // SHORT * SHORT if self.exact else common
 
     def _take_over(self, slot: Slot) -> None:
@@ -142,16 +208,18 @@ class Batch:
         slot.filled = slot.read = common
 
     def _free(self) -> Slot:
-        """The row left longest ago, of a new lane where there is none."""
+        """The row left longest ago, of a new lane where there is none; without a native step, which takes all lanes at
+        once, of the lane that has most texts."""
         free = [slot for slot in self.slots if not slot.taken]
         if not free:
             lane = init_cache(self.cfg, self.rows, dtype=self.dtype, device=self.device)
             free = [Slot(lane, row) for row in range(self.rows)]
             self.slots += free
-        return min(free, key=lambda slot: slot.used)
+        crowd = Counter(id(slot.lane) for slot in self.slots if slot.taken and not self._native)
+        return min(free, key=lambda slot: (-crowd[id(slot.lane)], slot.used))
 
 
-def agreeing(a: list[int], b: list[int], most: int) -> int:
+def agreeing(a: Sequence[int], b: Sequence[int], most: int) -> int:
     """How many of the first tokens are the same, at most `most`; by halves, since lists compare quickly."""
     low, high = 0, most
     while low < high:

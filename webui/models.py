@@ -186,7 +186,7 @@ class Models:
         weights = model.params
         if self.quantize:
             weights = quantize({name: p.to(dtype) for name, p in weights.items()}, self.quantize)
-        return Loaded(model.cfg, prepare(weights, model.cfg, dtype), model.tokenizer, model.step)
+        return Loaded(model.cfg, prepare(weights, model.cfg, dtype, donate=True), model.tokenizer, model.step)
 
     def _describe(self, name: str, path: Path) -> About | None:
         try:

@@ -25,17 +25,17 @@ typedef struct {
     double eps, scale, logits, softcap;
 } model;
 
-/* k, v (L, B, H_kv, S, K), apart by `by` entries along the first four. */
+/* Of a text: its k, v (L, H_kv, S, K), apart by `by` entries along the first three. */
 typedef struct {
-    void *k, *v;
-    int64_t bf16, by[4];
+    int64_t bf16, by[3];
 } cache;
 
 typedef struct {
     const model *m;
     const cache *c;
     float *x, *y, *q, *a, *h, *h2, *logits, *own; /* own: of each thread, `room` floats, `packed` more for inputs */
-    const int64_t *row, *pos;
+    void *const *k, *const *v; /* of each token's text */
+    const int64_t *pos;
     int64_t n, wanted, room, packed;
 } step;
 
@@ -96,8 +96,8 @@ static void turn(const model *m, affine norm, float *x, int64_t pos) {
     }
 }
 
-static int64_t place(const cache *c, int64_t layer, int64_t row, int64_t head, int64_t pos) {
-    return layer * c->by[0] + row * c->by[1] + head * c->by[2] + pos * c->by[3];
+static int64_t place(const cache *c, int64_t layer, int64_t head, int64_t pos) {
+    return layer * c->by[0] + head * c->by[1] + pos * c->by[2];
 }
 
 static void remember(const cache *c, void *to, int64_t at, const float *x, int64_t n) {
@@ -122,8 +122,7 @@ static void project(const step *s, const block *p, int64_t layer, int id, int si
             const int64_t kv = (head - H) % m->kv_heads;
             if (head < H + m->kv_heads) turn(m, head < H ? p->q_norm : p->k_norm, x, s->pos[b]);
             if (head >= H) {
-                const int64_t at = place(s->c, layer, s->row[b], kv, s->pos[b]);
-                remember(s->c, head < H + m->kv_heads ? s->c->k : s->c->v, at, x, K);
+                remember(s->c, (head < H + m->kv_heads ? s->k : s->v)[b], place(s->c, layer, kv, s->pos[b]), x, K);
             }
         }
 }
@@ -158,10 +157,14 @@ INLINE void values(const int bf16, const int N, const float *p, const void *v, i
 
 /* exp(p - max) in place, and 1 / their sum. */
 static float soften(float *p, int64_t count) {
-    float top = p[0], sum = 0;
+    vfloat most = all(-INFINITY);
+    float sum, lanes[LANES];
     int64_t i;
-    for (i = 1; i < count; i++) top = p[i] > top ? p[i] : top;
     for (i = count; i % LANES; i++) p[i] = -INFINITY;
+    for (i = 0; i < count; i += LANES) most = pick(load(p + i) > most, load(p + i), most);
+    store(lanes, most);
+    float top = lanes[0];
+    for (i = 1; i < LANES; i++) top = lanes[i] > top ? lanes[i] : top;
     vfloat sums = {0};
     for (i = 0; i < count; i += LANES) {
         const vfloat e = vexp(load(p + i) - top);
@@ -173,25 +176,37 @@ static float soften(float *p, int64_t count) {
     return 1.f / sum;
 }
 
+/* Ask for entries `at` to `at` + n of a cache, which the processor does not foresee: each head's lie elsewhere. */
+INLINE void fetch(const int bf16, const void *p, int64_t at, int64_t n) {
+    const int64_t size = bf16 ? 2 : 4;
+    for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch((const char *)p + at * size + i);
+}
+
 /* softmax(q k^T scale + bias) v of one head of one text; p has room for the scores. */
 INLINE void look(const int bf16, const step *s, int64_t layer, int64_t b, int64_t head, float *p) {
     const model *m = s->m;
-    const int64_t K = m->head_dim, pos = s->pos[b], by = s->c->by[3];
+    const int64_t K = m->head_dim, pos = s->pos[b], by = s->c->by[2];
+    const void *k = s->k[b], *v = s->v[b];
     const int64_t first = m->window && pos + 1 > m->window ? pos + 1 - m->window : 0, count = pos + 1 - first;
-    const int64_t at = place(s->c, layer, s->row[b], head / (m->heads / m->kv_heads), first);
+    const int64_t at = place(s->c, layer, head / (m->heads / m->kv_heads), first);
     float *q = s->q + (b * (m->heads + 2 * m->kv_heads) + head) * K, *out = s->a + (b * m->heads + head) * K;
     int64_t i = 0;
+    fetch(bf16, k, at, (count < 16 ? count : 16) * by);
     for (int64_t j = 0; j < K; j++) q[j] *= (float)m->scale;
-    for (; i + 8 <= count; i += 8) scores(bf16, 8, q, s->c->k, at + i * by, by, K, p + i);
-    for (; i < count; i++) scores(bf16, 1, q, s->c->k, at + i * by, by, K, p + i);
+    for (; i + 8 <= count; i += 8) {
+        if (i + 24 <= count) fetch(bf16, k, at + (i + 16) * by, 8 * by);
+        fetch(bf16, v, at + i * by, 8 * by);
+        scores(bf16, 8, q, k, at + i * by, by, K, p + i);
+    }
+    for (; i < count; i++) scores(bf16, 1, q, k, at + i * by, by, K, p + i);
     if (m->slopes)
         for (i = 0; i < count; i++) p[i] -= m->slopes[head] * (float)(count - 1 - i);
     const float scale = soften(p, count);
-    for (i = 0; i + 4 * LANES <= K; i += 4 * LANES) values(bf16, 4, p, s->c->v, at + i, by, count, scale, out + i);
-    for (; i + LANES <= K; i += LANES) values(bf16, 1, p, s->c->v, at + i, by, count, scale, out + i);
+    for (i = 0; i + 4 * LANES <= K; i += 4 * LANES) values(bf16, 4, p, v, at + i, by, count, scale, out + i);
+    for (; i + LANES <= K; i += LANES) values(bf16, 1, p, v, at + i, by, count, scale, out + i);
     for (; i < K; i++) {
         float sum = 0;
-        for (int64_t j = 0; j < count; j++) sum += p[j] * cached1(bf16, s->c->v, at + j * by + i);
+        for (int64_t j = 0; j < count; j++) sum += p[j] * cached1(bf16, v, at + j * by + i);
         out[i] = sum * scale;
     }
 }
@@ -288,10 +303,10 @@ static void blocks(team *t, int id, int size, void *data) {
         }
 }
 
-/* x (n, D): the embeddings of n tokens, overwritten; row, pos (n,): where each goes in the cache. Tokens of one row come
-   in their order. logits (wanted, V): of the last ones. Returns 0, or -1 where there is no memory. */
-int fnlm_step(const model *m, const cache *c, float *x, const int64_t *row, const int64_t *pos, int64_t n, int64_t wanted,
-              float *logits, int64_t threads) {
+/* x (n, D): the embeddings of n tokens, overwritten; k, v, pos (n,): the cache of each one's text, and where it goes
+   there. logits (wanted, V): of the last ones. Returns 0, or -1 where there is no memory. */
+int fnlm_step(const model *m, const cache *c, float *x, void *const *k, void *const *v, const int64_t *pos, int64_t n,
+              int64_t wanted, float *logits, int64_t threads) {
     const int64_t A = (m->heads + 2 * m->kv_heads) * m->head_dim;
     int64_t longest = 0;
     if (threads > MOST) threads = MOST;
@@ -304,7 +319,7 @@ int fnlm_step(const model *m, const cache *c, float *x, const int64_t *row, cons
     const int64_t each = m->d + A + m->heads * m->head_dim + 2 * m->ff;
     float *all = malloc((size_t)(n * each + threads * (room + packed)) * sizeof(float));
     if (!all) return -1;
-    step s = {.m = m, .c = c, .x = x, .row = row, .pos = pos, .n = n, .wanted = wanted, .room = room, .packed = packed, .logits = logits};
+    step s = {.m = m, .c = c, .x = x, .k = k, .v = v, .pos = pos, .n = n, .wanted = wanted, .room = room, .packed = packed, .logits = logits};
     s.y = all, s.q = s.y + n * m->d, s.a = s.q + n * A, s.h = s.a + n * m->heads * m->head_dim;
     s.h2 = s.h + n * m->ff, s.own = s.h2 + n * m->ff;
     run(blocks, &s, (int)threads);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from fnlm.config import did_you_mean
@@ -65,8 +66,9 @@ def load(path: str | Path) -> Tokenizer:
         raise ValueError(f"{file}: {error}") from error
 
 
+@lru_cache(4)
 def loads(text: str) -> Tokenizer:
-    """As `load`, from the text of a tokenizer.json."""
+    """As `load`, from the text of a tokenizer.json; the same one again where it was asked for lately."""
     spec = json.loads(text)
     if "fnlm" in spec:
         return from_description(spec)

@@ -307,36 +307,50 @@ def test_the_beginning_of_a_text_is_left_out_when_asked(engine: Engine) -> None:
 
 
 class Steps(Batch):
-    """Notes what each step does: the rows that go on, and the tokens of prompts that are read."""
+    """Notes how many tokens of prompts are read before each token of those that go on, beside it or after it."""
 
-    log: ClassVar[list[tuple[str, int]]] = []
+    log: ClassVar[list[int]] = []
+
+    def unread(self) -> int:
+        return sum(s.missing for s in self.slots if s.taken)
 
     def advance(self, new: Any) -> Any:
-        self.log.append(("write", len(new)))
-        return super().advance(new)
+        before = self.unread()
+        out = super().advance(new)
+        self.log.append(before - self.unread())
+        return out
 
     def fill(self, budget: int = CHUNK) -> Any:
-        before = sum(s.missing for s in self.slots if s.taken)
+        before = self.unread()
         done = super().fill(budget)
-        if before:
-            self.log.append(("read", before - sum(s.missing for s in self.slots if s.taken)))
+        self.log[-1:] = [sum(self.log[-1:]) + before - self.unread()]
         return done
 
 
 def test_a_long_prompt_is_read_between_the_tokens_of_others(build: Callable[..., Engine]) -> None:
     """Between two tokens of a stream at most SHORT tokens of prompts are read, however long they are."""
-    Steps.log = []
+    Steps.log = [0]
     engine = build(batch=Steps)
     stream = engine.submit([Job("plain", settings={"max_tokens": 300, "min_tokens": 300})])
     first_text(stream)
+    own = sum(Steps.log)
     long = engine.submit([Job("plain", prompt="abcdefg " * 180, settings={"max_tokens": 3, "min_tokens": 3})])
     rest(long)
     stream.cancel()
     rest(stream)
-    reads = [i for i, (kind, _) in enumerate(Steps.log) if kind == "read"][1:]
-    assert len(reads) == -(-1440 // SHORT)
-    assert all(Steps.log[i][1] <= SHORT for i in reads)
-    assert all(Steps.log[i + 1][0] == "write" for i in reads)  # the stream had a token after each
+    assert sum(Steps.log) == own + 1440
+    assert max(Steps.log) == SHORT
+
+
+def test_short_prompts_are_read_in_the_steps_of_others(build: Callable[..., Engine]) -> None:
+    """One step of all: the weights are read once for what is written, in whichever lane, and for prompts beside it."""
+    Steps.log = [0]
+    engine = build(batch=Steps, streams=16)
+    asked = [Job("plain", prompt="abc" * i, settings={"max_tokens": 40, "min_tokens": 40}) for i in range(1, 13)]
+    for ticket in [engine.submit([job]) for job in asked]:
+        assert rest(ticket)[-1].value.finish == "length"
+    assert sum(Steps.log) == sum(3 * i for i in range(1, 13))
+    assert len(Steps.log) < 2 * 40
 
 
 def test_a_conversations_next_turn_reads_only_what_is_new(tmp_path: Path) -> None:
