@@ -205,3 +205,17 @@ def test_ids_outside_the_vocabulary() -> None:
     for settings in (Settings(forbidden=(5,)), Settings(logit_bias={7: 1.0})):
         with pytest.raises(ValueError, match="is not in the vocabulary of 5; choose 0 to 4"):
             filtered(LOGITS, settings)
+
+
+@pytest.mark.parametrize("more", [{"top_p": 0.9}, {"typical_p": 0.7}, {"top_k": 40, "top_p": 0.8}, {"top_p": 0.999}])
+@pytest.mark.parametrize("steep", [0.0, 0.01, 1.0, 30.0])
+def test_a_few_are_looked_at_before_all_are_sorted(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], steep: float
+) -> None:
+    """Large vocabularies, steep and flat and with many equal logits: what a sort of everything keeps, to the bit."""
+    logits = torch.randn(5, 20_000) * steep
+    logits[1] = logits[1].round(decimals=1)
+    settings = Settings(temperature=0.9, **more)
+    quick = filtered(logits, settings)
+    monkeypatch.setattr("fnlm.sampling.SOME", ())
+    assert torch.equal(quick, filtered(logits, settings))
