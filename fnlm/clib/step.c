@@ -107,24 +107,29 @@ static void remember(const cache *c, void *to, int64_t at, const float *x, int64
         memcpy((float *)to + at, x, (size_t)n * 4);
 }
 
-/* Whole heads of q, k and v: q stays, k and v go to the cache. */
-static void project(const step *s, const block *p, int64_t layer, int id, int size, float *mine) {
+static void project(const step *s, const block *p, int id, int size, float *mine) {
+    const model *m = s->m;
+    const int64_t rows = p->qkv.n;
+    int64_t from, to;
+    share(rows, id, size, 8, &from, &to);
+    normalise_all(s, p->attn_norm, s->x, mine);
+    const void *in = inputs(&p->qkv, mine, s->n * m->d, mine + s->room);
+    multiply(&p->qkv, from, to, in, m->d, s->n, s->q, rows);
+}
+
+/* Whole heads of q, k and v of each token in their places: q stays, k and v go to the cache. */
+static void put(const step *s, const block *p, int64_t layer, int id, int size) {
     const model *m = s->m;
     const int64_t K = m->head_dim, H = m->heads, A = H + 2 * m->kv_heads;
     int64_t from, to;
-    share(A * K, id, size, K, &from, &to);
-    normalise_all(s, p->attn_norm, s->x, mine);
-    const void *in = inputs(&p->qkv, mine, s->n * m->d, mine + s->room);
-    multiply(&p->qkv, from, to, in, m->d, s->n, s->q, A * K);
-    for (int64_t b = 0; b < s->n; b++)
-        for (int64_t head = from / K; head * K < to; head++) {
-            float *x = s->q + b * A * K + head * K;
-            const int64_t kv = (head - H) % m->kv_heads;
-            if (head < H + m->kv_heads) turn(m, head < H ? p->q_norm : p->k_norm, x, s->pos[b]);
-            if (head >= H) {
-                remember(s->c, (head < H + m->kv_heads ? s->k : s->v)[b], place(s->c, layer, kv, s->pos[b]), x, K);
-            }
-        }
+    share(s->n * A, id, size, 1, &from, &to);
+    for (int64_t i = from; i < to; i++) {
+        const int64_t b = i / A, head = i % A, kv = (head - H) % m->kv_heads;
+        float *x = s->q + i * K;
+        if (head < H + m->kv_heads) turn(m, head < H ? p->q_norm : p->k_norm, x, s->pos[b]);
+        if (head >= H)
+            remember(s->c, (head < H + m->kv_heads ? s->k : s->v)[b], place(s->c, layer, kv, s->pos[b]), x, K);
+    }
 }
 
 INLINE vfloat cached(const int bf16, const void *p, int64_t at) {
@@ -211,14 +216,16 @@ INLINE void look(const int bf16, const step *s, int64_t layer, int64_t b, int64_
     }
 }
 
+/* Threads take the tokens of long prompts in turn: the later ones see more. */
 static void attend(const step *s, int64_t layer, int id, int size, float *p) {
-    int64_t from, to;
-    share(s->n * s->m->heads, id, size, 1, &from, &to);
-    for (int64_t i = from; i < to; i++)
+    const int64_t H = s->m->heads, long_ = s->n >= 4 * size;
+    int64_t from = id * H, to = s->n * H;
+    if (!long_) share(s->n * H, id, size, 1, &from, &to);
+    for (int64_t i = from; i < to; i += long_ && i % H == H - 1 ? (size - 1) * H + 1 : 1)
         if (s->c->bf16)
-            look(1, s, layer, i / s->m->heads, i % s->m->heads, p);
+            look(1, s, layer, i / H, i % H, p);
         else
-            look(0, s, layer, i / s->m->heads, i % s->m->heads, p);
+            look(0, s, layer, i / H, i % H, p);
 }
 
 INLINE vfloat activation(const int64_t kind, vfloat x, vfloat up) {
@@ -277,7 +284,9 @@ static void blocks(team *t, int id, int size, void *data) {
     float *mine = s->own + id * (s->room + s->packed);
     for (int64_t layer = 0; layer < m->layers; layer++) {
         const block *p = &m->blocks[layer];
-        project(s, p, layer, id, size, mine);
+        project(s, p, id, size, mine);
+        meet(t, size);
+        put(s, p, layer, id, size);
         meet(t, size);
         attend(s, layer, id, size, mine);
         meet(t, size);
