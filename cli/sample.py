@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from cli import speculation
+from cli import bits, speculation
 from cli.choosing import which_parameters
 from cli.eval import checkpoint_of
 from fnlm import random, trained
 from fnlm.data import DataError
 from fnlm.decode import prepare
 from fnlm.generate import Generation, beginning, complete, encoded, stream, turns_of
+from fnlm.quantize import quantize as small
 from fnlm.sampling import Settings
 from fnlm.tokens import SINKS
 from fnlm.trained import Trained, Which
@@ -38,7 +39,7 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-@click.command()
+@click.command(cls=bits.Command)
 @click.argument("model", metavar="MODEL")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="FILE:path: a file's text; -: stdin.")
 @click.option(
@@ -61,6 +62,7 @@ class Prompt(NamedTuple):
 @which_parameters
 @click.option("--device", metavar="D", help="[default: cuda where there is one, else cpu]")
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of computing.")
+@bits.option("Matrices in int8 (or int4), as 'fnlm serve --quantize' has them.")
 @click.option("--json", "as_json", is_flag=True, help="Samples, settings and speed as JSON.")
 def command(
     model: str,
@@ -76,6 +78,7 @@ def command(
     no_ema: bool,
     device: str | None,
     precision: str,
+    quantize: bits.Quantized | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -93,6 +96,8 @@ def command(
     at = checkpoint_of(model, checkpoint)
     which: Which = "newest" if checkpoint == "newest" else "best"
     found = trained.load(at, which, average=not no_ema, device=to, dtype=DTYPES[precision])
+    if quantize:
+        found = found._replace(params=small(found.params, bits.BITS[quantize]))
     chat = found.is_chat if chat is None else chat
     settings = turns_of(settings, found.dialogue) if chat else settings
     asked = prompts_of(found, texts, chat, slide)

@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 
 import fnlm as library
 from cli.main import cli
-from fnlm import checkpoint, optim
+from fnlm import checkpoint, optim, trained
+from fnlm.quantize import quantize
 from fnlm.tokenizers import Byte, Char, Tokenizer
 from fnlm.types import TrainState
 
@@ -79,6 +80,23 @@ def test_a_seed_gives_the_same_text_alone_and_among_others() -> None:
     assert [len(part) for part in parts] == [13] * 3
     assert parts[0] == one
     assert len(set(parts)) == 3
+
+
+@pytest.mark.parametrize(("option", "bits"), [("--quantize", 8), ("--quantize=int4", 4)])
+def test_quantized_it_writes_with_rounded_matrices(monkeypatch: pytest.MonkeyPatch, option: str, bits: int) -> None:
+    """With those of another model, to be seen in what it writes."""
+    other = trained.load("letters@1").params
+    asked = list[int]()
+
+    def rounded(params: Any, to: Any) -> Any:
+        asked.append(to)
+        assert params.keys() == other.keys()
+        return quantize(other, to)
+
+    monkeypatch.setattr("cli.sample.small", rounded)
+    words = ("--prompt", "abc", "--greedy", "--max-new-tokens", "30", "--min-tokens", "30")
+    assert good("letters", option, *words) == good("letters@1", *words) != good("letters", *words)
+    assert asked == [bits]
 
 
 def test_more_samples_than_are_made_at_once() -> None:
