@@ -196,7 +196,12 @@ class Engine:
                 return  # its model could not be loaded meanwhile
             self._waiting.remove(reply)
             self._active.append(reply)
-        self._stage(model).join(reply)
+        try:
+            stage = self._stage(model)
+        except Exception:  # no memory for its cache, say
+            log.exception("%s has no place to be written in", name)
+            return self._ended(reply, BROKE_OFF)
+        stage.join(reply)
 
     def _stage(self, model: Loaded) -> Stage:
         """Where this model's replies are written; those of models that nobody uses any more are given up."""

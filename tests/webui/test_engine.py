@@ -18,6 +18,7 @@ from webui.batch import CHUNK, SHORT, Batch
 from webui.engine import Busy, Engine, Event, Job, Refused, Stopped, Ticket
 from webui.models import Models
 from webui.prompts import TooLong, chat_ids, text_ids
+from webui.stage import BROKE_OFF
 
 
 def rest(ticket: Ticket) -> list[Event]:
@@ -84,6 +85,22 @@ def build(long: Path) -> Iterator[Callable[..., Engine]]:
     yield one
     for engine in made:
         engine.stop()
+
+
+def test_a_reply_without_a_place_ends_and_frees_it(build: Callable[..., Engine]) -> None:
+    def none(*_: Any) -> Batch:
+        if failing:
+            raise MemoryError("no room for a cache")
+        return Batch(*_)
+
+    failing = [True]
+    engine = build(batch=none)
+    ticket = engine.submit([Job("plain", settings=ENDLESS)])
+    assert rest(ticket)[-1].value == BROKE_OFF
+    assert engine.load() == {"active": 0, "waiting": 0}
+    failing.clear()
+    ticket = engine.submit([Job("plain", settings={"max_tokens": 2, "min_tokens": 2})])
+    assert rest(ticket)[-1].value.finish == "length"
 
 
 def test_cancelled_before_the_next_token(build: Callable[..., Engine]) -> None:
