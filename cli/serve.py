@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import difflib
 import errno
 import ipaddress
 import logging
@@ -35,6 +36,7 @@ from webui.follow import Runs
 from webui.models import About, Models, Precision, dtype_of
 from webui.openai import MOST_TOKENS
 
+PATIENCE = 15.0  # seconds for a run that is being started beside this
 FLUSH = 2.0  # seconds for clients to take the end of their replies
 SPARE_THREADS = 8  # for the page and the lists while every stream is taken
 
@@ -123,6 +125,8 @@ def named(folders: tuple[Path, ...], follow: Path | None = None) -> list[Path]:
     Raises CheckpointError for a folder that is not there, with the nearest name, RunError where there is no such run.
     """
     if follow is not None:
+        if not follow.exists() and not is_misspelt(follow):
+            wait_for(follow)
         if not follow.is_file():
             read_run(follow, follow.name)
         inside = any(follow.resolve().is_relative_to(folder.resolve()) for folder in folders)
@@ -137,6 +141,20 @@ def named(folders: tuple[Path, ...], follow: Path | None = None) -> list[Path]:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; name a run, or a folder with runs")
     return list(folders)
+
+
+def is_misspelt(run: Path) -> bool:
+    """Whether there is one of nearly this name, or no folder that it could be in."""
+    there = [p.name for p in run.parent.iterdir()] if run.parent.is_dir() else []
+    return not run.parent.is_dir() or bool(difflib.get_close_matches(run.name, there))
+
+
+def wait_for(run: Path) -> None:
+    """Until a run that is just being started has its first file, or PATIENCE seconds."""
+    click.echo(f"waiting for {run}", err=True)
+    until = time.monotonic() + PATIENCE
+    while not (run / "config.json").is_file() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -21,6 +21,7 @@ from fnlm import __version__, checkpoint, data, interop, loop
 from fnlm.config import ModelConfig, TrainConfig, did_you_mean, override
 from fnlm.data import DataError, Dataset
 from fnlm.environment import memory_available
+from fnlm.growing import added, grown
 from fnlm.loop import Job, RunConfig, Settings, memory
 from fnlm.loop.folder import held
 from fnlm.params import init_params, shapes
@@ -175,10 +176,21 @@ def say_to_stderr(quiet: bool) -> Callable[[str], None]:
     return lambda line: None if quiet else click.echo(line, err=True)
 
 
+def with_new_tokens(
+    model: Trained, base: Settings, dataset: Dataset, say: Callable[[str], None]
+) -> tuple[Trained, Settings]:
+    """The model and settings with rows for the special tokens that the data's tokenizer has behind the model's."""
+    if new := added(model, dataset.tokenizer):
+        say(f"new to the model: {' '.join(new)}; their rows begin near the mean of the others")
+    model = grown(model, dataset.tokenizer)
+    return model, (replace(base[0], vocab_size=model.cfg.vocab_size), *base[1:])
+
+
 def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Trained | None, **more: Any) -> int:
     """Start a run, from nothing or from a model."""
     say = say_to_stderr(wish.quiet)
     if model:
+        model, base = with_new_tokens(model, base, dataset, say)
         data.require_same_tokenizer(dataset, model.tokenizer.sha256, str(model.path))
         if folder.exists() and folder.resolve() in (model.path.resolve(), *model.path.resolve().parents):
             raise ValueError(f"{folder} holds the model to start from; choose another --out")

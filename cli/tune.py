@@ -15,7 +15,7 @@ from cli import settings as gather
 from cli.finetune import settings_for
 from cli.options import Options, Wish, wished
 from cli.tables import columns
-from cli.training import described, fingerprint, fresh, initial, job_of, open_data, say_to_stderr
+from cli.training import described, fingerprint, fresh, initial, job_of, open_data, say_to_stderr, with_new_tokens
 from fnlm import PRESETS, TRAINING, data, interop, loop, trained
 from fnlm.config import Compute, TrainConfig
 from fnlm.data import Dataset
@@ -70,7 +70,7 @@ def command(
     if len(plain) > 1:
         raise ValueError(f"{plain[1]!r} is one word too many; a change is written key=value, for example batch_size=8")
     model = None if plain[0] in PRESETS and not Path(plain[0]).exists() else trained.load(plain[0])
-    settings, dataset = common(plain[0], model, wish)
+    model, settings, dataset = common(plain[0], model, wish)
     found = candidates(settings[1], lrs, lengths, budget)
     where = wish.out or Path("runs") / f"{dataset.folder.name}-tune"
     given = [f"{key}={value}" for key, value in wish.pairs]
@@ -87,17 +87,18 @@ def command(
     return 0
 
 
-def common(name: str, model: Trained | None, wish: Wish) -> tuple[Settings, Dataset]:
-    """The settings that all candidates share, and the data."""
+def common(name: str, model: Trained | None, wish: Wish) -> tuple[Trained | None, Settings, Dataset]:
+    """The model, with the data's new tokens, the settings that all candidates share, and the data."""
     own = PRESETS[name] if model is None else model.cfg
     train = TRAINING.get(name) or TrainConfig(steps=1000, batch_size=16)
     if model is not None:
         train = settings_for(model, adapters=gather.given(wish.pairs, "lora"))
     dataset = open_data(wish.data, Path("data") / (name if model is None else f"{Path(name).name}-chat"))
-    if model is not None:
-        data.require_same_tokenizer(dataset, model.tokenizer.sha256, str(model.path))
     base = own, train, RunConfig(keep=1), Compute()
-    return fresh(base, wish, dataset, say_to_stderr(wish.quiet), adapt=model is None), dataset
+    if model is not None:
+        model, base = with_new_tokens(model, base, dataset, say_to_stderr(wish.quiet))
+        data.require_same_tokenizer(dataset, model.tokenizer.sha256, str(model.path))
+    return model, fresh(base, wish, dataset, say_to_stderr(wish.quiet), adapt=model is None), dataset
 
 
 def candidates(train: TrainConfig, lrs: str | None, lengths: str | None, budget: int | None) -> list[Candidate]:

@@ -23,7 +23,7 @@ FLOORS = (
     "params < lora < trainable < presets | sampling | merging | data | quantize | "
     "cache < cached < native < prepared < lowered < decode",
     "links < step < sharded_optim < sharded < forecast < elastic | tokens < speculate < generate | evaluate | "
-    "checkpoint < interop < trained | lift | budget",
+    "checkpoint < interop < trained < growing | lift | budget",
     "track < loop | report | evaluation | benchmark_peers < benchmark_strategies | "
     "benchmark_report < benchmark_contestants < benchmark_worker < benchmark",
     "fnlm",  # fnlm/__init__.py, the public names

@@ -167,7 +167,9 @@ def kept(reader: Reader, job: Job) -> int:
         raise Refused(
             Failure(f"slide_keep must be at most {most}, less than half of the model's context", "slide_keep")
         )
-    return min(most, SINKS + instructions(reader, job.messages or [])) if job.keep is None else job.keep
+    if job.keep is not None:
+        return job.keep
+    return min(most, SINKS + (instructions(reader, job.messages) if job.messages else 0))
 
 
 def within(

@@ -22,7 +22,7 @@ from fnlm.config import ModelConfig
 from fnlm.data import Dialogue, dialogue_of, is_chat
 from fnlm.decode import Prepared, prepare
 from fnlm.lora import is_adapter
-from fnlm.machine import has_fast_bf16
+from fnlm.machine import has_fast_bf16, return_freed_memory
 from fnlm.quantize import Bits, quantize
 from fnlm.tokenizers import Tokenizer
 from webui import checkpoints
@@ -145,6 +145,7 @@ class Models:
                 self._loaded.move_to_end(name)
                 while len(self._loaded) > 1 and sum(m.size for _, m in self._loaded.values()) > self.memory:
                     _log.info("let go of %s", self._loaded.popitem(last=False)[0])
+        return_freed_memory()  # what reading took, and models that nobody holds any more
         return model
 
     def ready(self, name: str) -> Loaded | None:

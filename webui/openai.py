@@ -226,7 +226,12 @@ def chat_jobs(body: Mapping[str, Any], models: Mapping[str, About]) -> list[Job]
     if not about.chat:
         raise ApiError(400, f"{about.name} was not trained on conversations; use /v1/completions", "model")
     messages = messages_of(body)
-    chosen, seed, n = _shared(body, {"tools": "leave it out", "functions": "leave it out"})
+    refused = dict.fromkeys(("tools", "functions"), "leave it out")
+    if body.get("response_format") not in (None, {"type": "text"}):
+        refused["response_format"] = 'only {"type": "text"} is written'
+    if body.get("tool_choice") not in (None, "none", "auto"):
+        refused["tool_choice"] = "there are no tools"
+    chosen, seed, n = _shared(body, refused)
     top = whole(body, "top_logprobs", 0, MOST_LOGPROBS)
     if top is not None and not flag(body, "logprobs"):
         raise wrong("top_logprobs", "left out, or asked for together with logprobs: true")

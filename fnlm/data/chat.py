@@ -118,7 +118,10 @@ def require_special(tokenizer: Tokenizer) -> None:
     """Raises DataError where ChatML's special tokens are missing from the vocabulary."""
     missing = [token for token in CHAT_SPECIAL if token not in tokenizer.special]
     if missing:
-        raise DataError(f"this {tokenizer.kind} tokenizer has no {' '.join(missing)}; add them with --special")
+        raise DataError(
+            f"this {tokenizer.kind} tokenizer has no {' '.join(missing)}; "
+            "add them with --special (a model learns them in training), or write conversations its way with --template"
+        )
 
 
 def render(tokenizer: Tokenizer, batch: Sequence[Messages]) -> list[tuple[NDArray[np.uint32], NDArray[np.uint8]]]:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from click.testing import CliRunner, Result
 from cli import serve
 from cli.main import cli
 from fnlm import trained
+from fnlm.report import RunError
 from tests.webui.tiny import save
 from webui.follow import Runs
 from webui.models import About, Models
@@ -64,6 +66,23 @@ def test_errors_are_one_line(
     assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.startswith("error: " + says)
     assert result.stderr.count("\n") == 1
+
+
+def test_a_run_that_is_just_being_started_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.serve.PATIENCE", 20)
+    run = tmp_path / "soon"
+
+    def begin() -> None:
+        run.mkdir()
+        (run / "config.json").write_text("{}")
+
+    timer = threading.Timer(0.3, begin)
+    timer.start()
+    assert serve.named((), run) == [run]
+    timer.join()
+    monkeypatch.setattr("cli.serve.PATIENCE", 0.01)
+    with pytest.raises(RunError, match=r"there is no .*never"):
+        serve.named((), tmp_path / "never")
 
 
 def test_a_port_in_use(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

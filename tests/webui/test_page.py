@@ -415,7 +415,7 @@ def test_storage_that_is_full(page: Page) -> None:
     page.js("try { for (let i = 0; ; i++) localStorage.setItem(`y${i}`, 'y'.repeat(500)); } catch {}")
     page.say("still")
     assert page.turns() == ["still", "still"]
-    assert "no room" in page.js("document.querySelector('#notice').textContent")
+    page.wait("document.querySelector('#notice').textContent.includes('no room')")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (360, "light"), (820, "light"), (1280, "dark")])

@@ -133,6 +133,7 @@ const keep = () => notify(store.keep(talk) ? "" : "This browser has no room for 
 function send(text) {
   if (isBusy(talk) || !model || (talk.kind === "chat" && !text.trim())) return;
   if (!text && !tree.isEmpty(talk)) return void goOn();
+  if (!settings.chosen(showSettings)) return; // what was written stays in its box
   tree.add(talk, tree.last(talk), { role: "user", content: text });
   box.value = "";
   grow();

@@ -121,7 +121,10 @@ async function importFrom(file) {
   try {
     const value = JSON.parse(await file.text());
     const all = Array.isArray(value) ? value : Array.isArray(value?.conversations) ? value.conversations : [value];
-    found = all.map((talk) => restored(talk)).filter((talk) => talk && path(talk).length);
+    const isHere = (talk) => talk?.id && store.conversation(talk.id)?.changed === talk.changed;
+    const others = all.filter((talk) => !isHere(talk));
+    if (all.length && !others.length) return toast(`What ${file.name} holds is here already.`);
+    found = others.map((talk) => restored(talk, !store.conversation(talk?.id))).filter((talk) => talk && path(talk).length);
   } catch {
     found = [];
   }

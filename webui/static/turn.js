@@ -188,7 +188,7 @@ function named(model) {
 
 // What there is to know of a reply: who answered, at which step, how fast, and from which seed.
 export function described({ finish, meta, model }, several) {
-  const ends = { stopped: "stopped", length: "cut off at the most tokens", error: "did not finish" };
+  const ends = { stopped: "stopped", length: "ended by its length", error: "did not finish" };
   const speed = meta.tokens && meta.seconds ? `${meta.tokens} tokens, ${Math.round(meta.tokens / meta.seconds)} a second` : "";
   const step = meta.step ? `step ${meta.step.toLocaleString("en")}` : "";
   const seed = meta.seed !== undefined ? `seed ${meta.seed}` : "";
