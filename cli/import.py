@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cli.prepare import file_of
 from fnlm import __version__, interop, params, tokenizers
 from fnlm.interop import FORMATS, Foreign
 from fnlm.tokenizers import Tokenizer
@@ -16,7 +17,7 @@ from fnlm.tokenizers import Tokenizer
 @click.argument("source", metavar="SOURCE")
 @click.option("--from", "kind", type=click.Choice(FORMATS), help="What it is. [default: as it looks]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="The run. [default: runs/NAME]")
-@click.option("--tokenizer", metavar="T", help="Instead of its own: gpt2, gpt2:FOLDER, char:TEXT, a tokenizer.json.")
+@click.option("--tokenizer", metavar="T", help="Not its own: gpt2, gpt2:FOLDER, char:TEXT, a tokenizer.json, or a run.")
 @click.option("--force", is_flag=True, help="Replace the run that is there.")
 @click.option("--json", "as_json", is_flag=True, help="What was read, as JSON.")
 def command(source: str, kind: str | None, out: Path | None, tokenizer: str | None, force: bool, as_json: bool) -> None:
@@ -51,6 +52,6 @@ def tokenizer_for(model: Foreign, name: str | None) -> Tokenizer:
         found = tokenizers.train("char", [Path(files).read_bytes().decode("utf-8")])
     else:
         made = kind in ("byte", "gpt2", "cl100k") or not Path(name).exists()  # which says what is meant
-        found = tokenizers.named(kind, files or None) if made else tokenizers.load(name)
+        found = tokenizers.named(kind, files or None) if made else tokenizers.load(file_of(name))
     interop.check_tokenizer(found, model.cfg, model.source)
     return found

@@ -45,6 +45,7 @@ class Answer:
     step: int = 0
     ends: dict[int, str] = field(default_factory=dict)
     _letters: dict[int, int] = field(default_factory=dict)
+    _unended: dict[int, int] = field(default_factory=dict)  # tokens of choices that have not ended
 
     def __post_init__(self) -> None:
         self.id = self.id or f"{'chatcmpl' if self.kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}"
@@ -67,6 +68,7 @@ class Answer:
                     yield None
         finally:
             self.ticket.cancel()
+            self.written += sum(self._unended.values())
             self.closed(self)
 
     def _note(self, event: Event) -> None:
@@ -76,7 +78,10 @@ class Answer:
             job = self.jobs[event.job]
             if before is None or before.prompt is not job.prompt:  # n choices read their prompt once
                 self.read += event.value.prompt_tokens
+        elif event.kind == "text":
+            self._unended[event.job] = event.value.written
         elif event.kind == "end":
+            self._unended.pop(event.job, None)
             self.written += len(event.value.ids)
             self.ends[event.job] = event.value.finish
         elif event.kind == "error":

@@ -25,10 +25,11 @@ class Scored(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Text that has become certain, and the tokens it is of, where they were asked for."""
+    """Text that has become certain, and the tokens it is of, where they were asked for; how many there are by now."""
 
     text: str
     tokens: tuple[Scored, ...] = ()
+    written: int = 0
 
 
 @dataclass(eq=False)
@@ -101,13 +102,13 @@ class Writer:
         if scored is not None and not stopped:
             self._pending.append(scored)
         tokens = self._certain(text)
-        return Piece(text, tokens) if text or tokens else None
+        return Piece(text, tokens, self.step) if text or tokens else None
 
     def close(self) -> Piece | None:
         """Leave it before its end."""
         text = self.text.close("cancelled")
         tokens = self._certain(text)
-        return Piece(text, tokens) if text or tokens else None
+        return Piece(text, tokens, self.step) if text or tokens else None
 
     def _certain(self, text: str) -> tuple[Scored, ...]:
         """Of the tokens that wait, those of which a letter has been said; at an end that is no stop string, all."""

@@ -104,8 +104,10 @@ def messages_of(where: str, row: dict[str, Any]) -> Messages:
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where} is no conversation: {type(error).__name__} {error}") from error
     for message in messages:
-        if message["role"] not in ROLES or not isinstance(message["content"], str):
+        if message["role"] not in ROLES:
             raise DataError(f"{where}: a message has role {message['role']!r}; known: {', '.join(ROLES)}, with a text")
+        if not isinstance(message["content"], str):
+            raise DataError(f"{where}: the content of a message is no text; give one string, without parts or pictures")
     return [{"role": m["role"], "content": whole(m["content"])} for m in messages]
 
 

@@ -31,6 +31,9 @@ class Foreign(NamedTuple):
     kept: Mapping[str, Any] = MappingProxyType({})
 
 
+PADDING = 1024  # rows that small vocabularies may be filled up with
+
+
 def read_tokenizer(model: Foreign) -> Tokenizer:
     """The tokenizer that came along. CheckpointError where there is none, it cannot be read, or it does not fit."""
     if model.tokenizer is None:
@@ -44,10 +47,15 @@ def read_tokenizer(model: Foreign) -> Tokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer, cfg: ModelConfig, source: str) -> None:
-    """Raises CheckpointError for a tokenizer with more tokens than the model."""
+    """Raises CheckpointError for a tokenizer with more tokens than the model, or not half as many (padding is less)."""
     if tokenizer.vocab_size > cfg.vocab_size:
         raise CheckpointError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={cfg.vocab_size}"
+        )
+    if 2 * tokenizer.vocab_size < cfg.vocab_size - PADDING:
+        raise CheckpointError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model vocab_size={cfg.vocab_size}: "
+            "it is another model's; give the right one with --tokenizer"
         )
 
 

@@ -131,7 +131,7 @@ def test_tokenizers_get_the_special_tokens_or_are_refused(tmp_path: Path) -> Non
     [
         ({"messages": [{"role": "robot", "content": "x"}]}, "line 2: a message has role 'robot'; known: system"),
         ({"messages": [{"role": "user"}]}, "line 2 is no conversation: KeyError 'content'"),
-        ({"messages": [{"role": "user", "content": None}]}, "line 2: a message has role 'user'"),
+        ({"messages": [{"role": "user", "content": None}]}, "line 2: the content of a message is no text"),
         ({"conversations": [{"from": "moon", "value": "x"}]}, "line 2 is no conversation: KeyError 'moon'"),
         ({"messages": 3}, "line 2 is no conversation: TypeError"),
         ({"words": "x"}, "line 2 is no conversation: it has words, not messages"),

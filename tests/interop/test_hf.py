@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fnlm
 from cli.main import cli
-from fnlm import checkpoint, interop, trained
+from fnlm import checkpoint, interop, tokenizers, trained
 from fnlm.checkpoint import CheckpointError
 from fnlm.interop.families import BY_ARCHITECTURE, GPT2, LLAMA, NEOX
 from fnlm.rotary import amplitude, frequencies
@@ -311,6 +312,10 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     written(tmp_path, LLAMA, {**LLAMA_VALUES, "vocab_size": 100})
     with pytest.raises(CheckpointError, match=r"the tokenizer has 257 tokens, the model only vocab_size=100"):
         trained.load(tmp_path)
+    for size, fits in ((1500, True), (2000, False)):  # some rows are padding, most are not
+        cfg = fnlm.ModelConfig(vocab_size=size, n_layers=1, n_heads=1, d_model=8, seq_len=8)
+        with nullcontext() if fits else pytest.raises(CheckpointError, match="it is another model's"):
+            interop.check_tokenizer(tokenizers.Byte(), cfg, "here")
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}')
     with pytest.raises(CheckpointError, match="Unigram"):
         trained.load(tmp_path)

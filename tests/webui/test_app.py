@@ -516,3 +516,15 @@ def test_the_log_has_no_prompt(client: FlaskClient, caplog: pytest.LogCaptureFix
     assert response.headers["X-Request-Id"] in caplog.text
     assert "wrote 12 length" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_the_log_counts_what_was_written_for_a_client_that_left(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        response = client.post(TEXT, json={**PLAIN, "stream": True, "max_tokens": 40, "min_tokens": 40})
+        parts = response.iter_encoded()
+        for _ in range(6):
+            next(parts)
+        response.close()
+    assert re.search(r"wrote ([1-9]\d*) gone", caplog.text), caplog.text
