@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import fnlm
+from cli.main import cli
 from fnlm import tokenizers
 from fnlm.growing import added, grown
 from fnlm.tokenizers import CHAT_SPECIAL, Byte, Char, Tokenizer
-from fnlm.trained import Trained
+from fnlm.trained import Trained, load
+from tests.cli.test_sample import save
 
 OWN = Char("\n abcdefgh", ["<|endoftext|>"])
 
@@ -54,3 +58,29 @@ def test_n_grams_would_lie_elsewhere() -> None:
     base = model()
     hashed = base._replace(cfg=replace(base.cfg, ngrams=((2, 40),)))
     assert added(hashed, tokenizers.extended(OWN, CHAT_SPECIAL)) == []
+
+
+def test_a_model_of_text_is_finetuned_on_chatml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared with the model's tokenizer and ChatML's tokens behind it; trained, and asked by them."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "base", Byte([]), "text", seq_len=96)
+    rows = [{"prompt": "abc" * i, "completion": "fed" * i} for i in range(1, 21)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = CliRunner()
+    special = [word for token in CHAT_SPECIAL for word in ("--special", token)]
+    refused = run.invoke(cli, ["prepare", "chats.jsonl", "--tokenizer", "base", "--out", "chats"])
+    assert refused.exit_code == 4
+    assert "add them with --special" in refused.stderr
+    for words in (
+        ["prepare", "chats.jsonl", "--tokenizer", "base", *special, "--out", "chats"],
+        ["finetune", "base", "chats", "--out", "tuned", "steps=2", "batch_size=2", "precision=fp32"],
+        ["finetune", "tuned", "chats", "--out", "again", "steps=2", "batch_size=2", "precision=fp32"],
+    ):
+        done = run.invoke(cli, words)
+        assert done.exit_code == 0, done.stderr
+        assert ("new to the model" in done.stderr) == (words[:2] == ["finetune", "base"])
+    tuned = load("tuned")
+    assert tuned.tokenizer.special.keys() == set(CHAT_SPECIAL)
+    assert tuned.cfg.vocab_size >= tuned.tokenizer.vocab_size
+    said = run.invoke(cli, ["sample", "tuned", "--chat", "--prompt", "abc", "--seed", "1", "--max-new-tokens", "5"])
+    assert said.exit_code == 0, said.stderr

@@ -19,6 +19,7 @@ from fnlm.report.scale import Scale, domain, labels, linear, logarithmic, said
 
 SIZE = 1000  # of the plot's own units, both ways
 NUMBERS = 12  # rows in the table of a chart
+LAST = 0.96  # of the width, from which on a word would stand out of it
 
 
 class Line(NamedTuple):
@@ -159,7 +160,10 @@ def _y_axis(y: Scale) -> str:
 
 def _x_axis(x: Scale) -> str:
     at = x.at(np.array(x.ticks))
-    words = (tag("text", text(word), x=f"{100 * p:.2f}%", y="17") for word, p in zip(labels(x), at, strict=True))
+    words = (
+        tag("text", text(word), x=f"{100 * p:.2f}%", y="17", **({"class_": "last"} if p > LAST else {}))
+        for word, p in zip(labels(x), at, strict=True)
+    )
     return tag("svg", *words, tag("text", "step", x="100%", y="32", class_="unit"), class_="x-axis", aria_hidden="true")
 
 

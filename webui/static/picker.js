@@ -9,7 +9,7 @@ const list = byId("picker-list");
 const MANY = 7;
 
 export const facts = (m) =>
-  [`${si(m.parameters)} parameters`, `step ${m.step.toLocaleString("en")}`, Number.isFinite(m.loss) ? `loss ${m.loss.toFixed(3)}` : ""]
+  [`${si(m.parameters)} parameters`, m.step ? `step ${m.step.toLocaleString("en")}` : "", Number.isFinite(m.loss) ? `loss ${m.loss.toFixed(3)}` : ""]
     .filter(Boolean).join(" · ");
 
 // Resolves with the model that is chosen (`none`, if given, is a line that chooses nothing), or undefined. `without` is
