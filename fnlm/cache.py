@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from typing import NamedTuple
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from fnlm.config import ModelConfig
 from fnlm.embedding import reach
+from fnlm.pages import private
 
 _LARGE = 1 << 20  # bytes
 
@@ -53,13 +52,9 @@ def init_cache(
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros; large ones on a CPU in pages that the system makes when they are written to: few texts reach the end."""
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MAP_PRIVATE"):
+    if device.type != "cpu" or size < _LARGE:
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel that has no large pages
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
+    return torch.frombuffer(private(size, large=False), dtype=torch.uint8).view(dtype).view(shape)
 
 
 def picked(cache: KVCache, rows: Tensor) -> KVCache:

@@ -1,4 +1,4 @@
-"""Memory in large pages, for weights that every step reads from end to end."""
+"""Memory in large pages, for weights that every step reads from end to end, and in small ones, for what stays empty."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Pages:
             return torch.empty(shape, dtype=dtype)
         at, size = -(-self._used // ALIGNED) * ALIGNED, count * dtype.itemsize
         if at + size > len(self._block):
-            self._block, at = _large(max(size, BLOCK)), 0
+            self._block, at = private(max(size, BLOCK), large=True), 0
         self._used = at + size
         return torch.frombuffer(self._block, dtype=dtype, count=count, offset=at).view(tuple(shape))
 
@@ -46,10 +46,11 @@ class Pages:
         return out
 
 
-def _large(size: int) -> mmap.mmap:
+def private(size: int, large: bool) -> mmap.mmap:
+    """Zeros of this process alone, made as they are written to: by large pages, or, asked for, by small ones."""
     # The default is memory to share with children, which has other pages.
-    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    block = mmap.mmap(-1, size, **private)
-    with contextlib.suppress(AttributeError, OSError):  # not Linux, or a kernel without them
-        block.madvise(mmap.MADV_HUGEPAGE)
+    how = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    block = mmap.mmap(-1, size, **how)
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or a kernel without large pages
+        block.madvise(mmap.MADV_HUGEPAGE if large else mmap.MADV_NOHUGEPAGE)
     return block
