@@ -21,7 +21,7 @@ from fnlm import __version__, checkpoint, data, interop, loop
 from fnlm.config import ModelConfig, TrainConfig, did_you_mean, override
 from fnlm.data import DataError, Dataset
 from fnlm.environment import memory_available
-from fnlm.growing import added, grown
+from fnlm.growing import grown
 from fnlm.loop import Job, RunConfig, Settings, memory
 from fnlm.loop.folder import held
 from fnlm.params import init_params, shapes
@@ -180,10 +180,10 @@ def with_new_tokens(
     model: Trained, base: Settings, dataset: Dataset, say: Callable[[str], None]
 ) -> tuple[Trained, Settings]:
     """The model and settings with rows for the special tokens that the data's tokenizer has behind the model's."""
-    if new := added(model, dataset.tokenizer):
+    more = grown(model, dataset.tokenizer)
+    if new := [token for token in more.tokenizer.special if token not in model.tokenizer.special]:
         say(f"new to the model: {' '.join(new)}; their rows begin near the mean of the others")
-    model = grown(model, dataset.tokenizer)
-    return model, (replace(base[0], vocab_size=model.cfg.vocab_size), *base[1:])
+    return more, (replace(base[0], vocab_size=more.cfg.vocab_size), *base[1:])
 
 
 def begun(base: Settings, wish: Wish, folder: Path, dataset: Dataset, model: Trained | None, **more: Any) -> int:

@@ -22,7 +22,7 @@ from fnlm.config import Compute, ModelConfig
 from fnlm.embedding import embed, reach
 from fnlm.forward import shape_logits, turn
 from fnlm.linear import linear
-from fnlm.lowered import FEW, Row, together
+from fnlm.lowered import FEW, Row, padded, together
 from fnlm.mlp import mlp
 from fnlm.norms import norm
 from fnlm.places import how_of
@@ -147,14 +147,6 @@ def prefill(
         tokens, lengths = padded(parts, cache.pos.device)
         logits, cache = decode(ready, tokens, cfg, cache, lengths=lengths, axes=axes)
     return logits, cache
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
-    """Ragged rows as (B, T) with zeros behind, and their lengths (B,), None where all are T."""
-    lengths = [len(row) for row in rows]
-    longest = max(lengths)
-    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-    return tokens, None if min(lengths) == longest else torch.tensor(lengths, device=device)
 
 
 def _room(tokens: Tensor, cache: KVCache, lengths: Tensor | None) -> tuple[list[int], list[int]]:

@@ -57,12 +57,19 @@ def together(
     return native.step(ready.native, flat, [(t.k, t.v) for t in texts], [b for b, _ in order], at, wanted)
 
 
+def padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+    """Ragged rows as (B, T) with zeros behind, and their lengths (B,), None where all are T."""
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    return tokens, None if min(lengths) == longest else torch.tensor(lengths, device=device)
+
+
 def _embedded(root: Params, texts: Sequence[Row], new: Sequence[Sequence[int]], cfg: ModelConfig) -> Tensor:
     """(B, longest, D); what stands behind a text's own means nothing."""
-    longest = max(map(len, new))
-    ids = torch.tensor([[*own, *[0] * (longest - len(own))] for own in new])
+    ids, _ = padded(new)
     starts = torch.tensor([t.filled for t in texts])
-    at = (starts[:, None] + torch.arange(longest)).clamp(max=cfg.seq_len - 1)
+    at = (starts[:, None] + torch.arange(ids.shape[1])).clamp(max=cfg.seq_len - 1)
     before = torch.stack([_before(t, cfg) for t in texts]) if reach(cfg) else None
     return embed(root, ids, cfg, None, LOCAL, before, at)
 

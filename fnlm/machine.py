@@ -37,17 +37,22 @@ def keep_freed_memory() -> bool:
     Returning costs 11 to 25 % of a CPU step: a fresh page is 20 times slower than a used one. What is free at the time
     of the call is returned first, so the best moment is when the parameters are made and the first step is not.
     """
-    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+    libc = _glibc()
+    if libc is None:
         return False
-    libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1)))
 
 
 def return_freed_memory() -> None:
     """Give back to the system what glibc keeps of freed blocks, in an arena for each thread; elsewhere do nothing."""
-    if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc" else None
 
 
 def route_fp32_to_onednn() -> bool:

@@ -121,8 +121,8 @@ class Batch:
             slot.tokens.append(token)
         logits = self._together({**dict.fromkeys(new, 1), **pieces})
         self._have_read(pieces)
-        ended = [i for i, slot in enumerate([*new, *pieces]) if not slot.missing]
         slots = [*new, *pieces]
+        ended = [i for i, slot in enumerate(slots) if not slot.missing]
         return [slots[i] for i in ended], logits if len(ended) == len(slots) else logits[ended]
 
     def _short(self, budget: int) -> dict[Slot, int]:
@@ -134,7 +134,8 @@ class Batch:
             n = self._piece(slot)
             if n > room:
                 break
-            if not any(self._common(other.tokens, slot.tokens) >= slot.filled + WORTH for other in pieces):
+            shared = (self._common(other.tokens, slot.tokens, len(other.tokens)) for other in pieces)
+            if max(shared, default=0) < slot.filled + WORTH:
                 pieces[slot], room = n, room - n
         self._reading = [slot for slot in self._reading if slot not in pieces]
         return pieces
@@ -186,11 +187,11 @@ class Batch:
 
     def _shared(self, slot: Slot, prompt: list[int]) -> int:
         """How many of a prompt's first tokens a row holds; the last is read anyway, for its logits."""
-        return self._common(slot.tokens[: slot.read if self.exact else slot.filled], prompt)
+        return self._common(slot.tokens, prompt, slot.read if self.exact else slot.filled)
 
-    def _common(self, tokens: Sequence[int], prompt: Sequence[int]) -> int:
-        """How many of a prompt's first tokens would be taken over of a text that has been read."""
-        common = agreeing(tokens, prompt, min(len(tokens), len(prompt) - 1))
+    def _common(self, tokens: Sequence[int], prompt: Sequence[int], read: int) -> int:
+        """How many of a prompt's first tokens would be taken over of a text of which so many have been read."""
+        common = agreeing(tokens, prompt, min(read, len(prompt) - 1))
         return common // SHORT * SHORT if self.exact else common
 
     def _take_over(self, slot: Slot) -> None:
